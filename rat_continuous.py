@@ -3,6 +3,7 @@
 Run: python rat_continuous.py --env-id HalfCheetah-v5    Equation numbers: README.md, "How it works".
 """
 
+import atexit
 import copy
 import json
 import math
@@ -68,8 +69,8 @@ def check_args(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     for name, value in vars(args).items():
         flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" else 1
-        if type(value) is int and value < least:
-            fail(f"{flag} must be at least {least}.")
+        if type(value) is int and not least <= value < 2**31:
+            fail(f"{flag} must lie in [{least}, 2**31).")
         if type(value) is float and not 0 < value < math.inf:
             fail(f"{flag} must be positive and finite.")
         if name in ("gamma", "gae_lambda") and value > 1:
@@ -99,6 +100,7 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization, vector_kwargs=mode)
         except (gym.error.Error, ImportError) as error:
             fail(f"--env-id {args.env_id} cannot be made: {error}")
+    atexit.register(envs.close)  # whatever ends the program, asynchronous workers end with it
     obs_space, act_space = envs.single_observation_space, envs.single_action_space
     flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs_space, act_space))
     if not flat or not act_space.is_bounded():
@@ -199,16 +201,16 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Te
     Row i holds g_i x_i^T for the weight and g_i for the bias. Raises TypeError for a layer where that is not known."""
     layers = {module: name for name, module in actor.named_modules() if module._parameters}
     calls = {module: [] for module in layers}  # (input, output) of each call
+    owned = [p for m in layers for p in m.parameters(recurse=False)]
     hooks = [m.register_forward_hook(lambda m, inputs, output: calls[m].append((*inputs, output))) for m in layers]
     with torch.enable_grad():
         log_prob = actor(obs).log_prob(actions).sum()
     for hook in hooks:
         hook.remove()
-    for m, name in layers.items():
-        if type(m) is not nn.Linear or len(calls[m]) != 1 or calls[m][0][1].dim() != 2:
-            raise TypeError(
-                f"the tape needs Linear layers called once on [B, d], not {m} ({name}): use --jacobian vmap"
-            )
+    for m, name in layers.items():  # _version: an in-place activation has overwritten the output
+        once = type(m) is nn.Linear and len(calls[m]) == 1 and calls[m][0][1].dim() == 2 and not calls[m][0][1]._version
+        if not once or len(set(owned)) < len(owned):
+            raise TypeError(f"the tape takes Linear layers called once on [B, d], not {name} {m}: use --jacobian vmap")
     grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])
     return [(calls[m][0][0].detach(), g, list(m.parameters())) for m, g in zip(layers, grads, strict=True)]
 
@@ -246,8 +248,7 @@ def rat_direction(
         factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
         u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
         if info != 0 or not u.isfinite().all():
-            raise FloatingPointError("the Cholesky solve of the kernel failed, scores or advantages are not finite")
-
+            raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
         direction = {}
         for x, g, (weight, *bias) in scores:  # H^T u, (7)
             direction[weight] = ((u[:, None] * g).T @ x).view_as(weight)
@@ -280,17 +281,11 @@ class Collector:
         self.running = np.zeros((len(obs), 2))  # return and length so far
         self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
 
-    def score(self) -> dict[str, float]:
-        """Mean return and length of the last 100 episodes, nan before the first one ends."""
-        means = np.mean(self.finished or [(math.nan, math.nan)], 0).tolist()
-        return dict(zip(("charts/episodic_return", "charts/episodic_length"), means, strict=True))
-
     def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
         """T = num_steps steps of all N environments with the observation statistics frozen.
 
-        Returns obs [T + 1, N, obs_dim] raw, actions [T, N, act_dim] before squashing, and, [T, N] each, rewards,
-        terminated, done (terminated or truncated), valid (0 where the step only reset its environment).
-        Raises FloatingPointError at an observation or reward that is not finite."""
+        Returns raw obs [T + 1, N, obs_dim], actions [T, N, act_dim], and rewards, terminated, done (terminated or
+        truncated), valid (0 where the step only reset) [T, N]. Raises FloatingPointError at values not finite."""
         obs, actions, steps = [torch.as_tensor(self.obs, dtype=torch.float32, device=device)], [], []
         for _ in range(num_steps):
             valid = ~self.done
@@ -311,9 +306,7 @@ class Collector:
 
 
 def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T, N] (Schulman et al. 2016) from values [T + 1, N], the rest [T, N].
-
-    Truncation bootstraps from the last observation; the trace stops at done, before the step that only resets."""
+    """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
     advantages, trace = torch.zeros_like(rewards), 0.0
     deltas = rewards + gamma * values[1:] * (1 - terminated) - values[:-1]
     for t in reversed(range(len(deltas))):
@@ -322,13 +315,13 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma
 
 
 # Checkpoint and logging
-def load_checkpoint(args: Args, path: Path, device: torch.device) -> dict:
+def load_checkpoint(args: Args, path: Path) -> dict:
     """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = {"algorithm": saved["algorithm"], **saved["args"]}
     except Exception as error:
-        fail(f"--resume: {path} is {'missing' if not path.exists() else f'damaged ({type(error).__name__})'}.")
+        fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
     free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
     for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
         if name not in free and theirs.get(name) != value:
@@ -341,18 +334,17 @@ class Logger:
 
     def __init__(self, folder: Path, step: int, total: int):
         path, self.total, self.printed = folder / "progress.csv", total, step
-        if step:  # what came after the checkpoint will be written again
-            header, *rows = path.read_text().splitlines(keepends=True)
-            rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-            os.truncate(path, len("".join([header, *rows])))
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
         self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
+        self.events = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row and one point a tag; metrics maps tag to value, the column is what follows the slash."""
         row = {"global_step": step} | {tag.split("/")[1].lower(): value for tag, value in metrics.items()}
-        if self.csv.tell() == 0:
+        if os.path.getsize(self.csv.name) == 0:
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         for tag, value in metrics.items():
@@ -372,7 +364,7 @@ def main(args: Args) -> None:
     args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(args, checkpoint, device) if args.resume else {}
+    saved = load_checkpoint(args, checkpoint) if args.resume else {}
     stop = []  # holds the signal that asked for the end; async workers inherit the handler, so Ctrl-C leaves them alive
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -388,8 +380,10 @@ def main(args: Args) -> None:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         collector.finished.extend(saved["episodes"])
-        torch.set_rng_state(saved["rng"].cpu())
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in saved["cuda_rng"]])
+        memory = memory and [d.to(device) for d in memory]
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
     try:
         folder.mkdir(parents=True, exist_ok=args.resume)
         (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
@@ -401,8 +395,8 @@ def main(args: Args) -> None:
         return {
             "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
             "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": wall_seconds, "episodes": list(collector.finished),
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(),
+            "wall_seconds": wall_seconds, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
         }  # fmt: skip
 
     def save(state: dict) -> None:
@@ -414,11 +408,12 @@ def main(args: Args) -> None:
         os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
 
     batch_size, started = args.num_envs * args.num_steps, time.time() - wall_seconds
+    save(state())
     while global_step + batch_size <= args.total_timesteps and not stop:
         last_good, phase = copy.deepcopy(state()), "rollout"
         try:
-            obs, actions, rewards, terminated, done, valid = collector.collect(agent, args.num_steps, device)
             global_step += batch_size
+            obs, actions, rewards, terminated, done, valid = collector.collect(agent, args.num_steps, device)
             with torch.no_grad():
                 values = critic(agent.normalizer(obs)) * popart.std + popart.mean  # [T + 1, N]
                 advantages = gae(rewards, values, terminated, done, args.gamma, args.gae_lambda)  # [T, N]
@@ -430,8 +425,7 @@ def main(args: Args) -> None:
                 obs = agent.normalizer(obs)
                 old_actor = copy.deepcopy(actor)
                 old_log_prob = old_actor(obs).log_prob(actions)
-
-            memory, norms, losses = None if args.kaczmarz == "paper" else memory, [], []
+            memory, norms = None if args.kaczmarz == "paper" else memory, []
             for _ in range(args.update_epochs):
                 for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
                     phase = f"actor update {len(norms) + 1}"
@@ -439,29 +433,30 @@ def main(args: Args) -> None:
                         min=1
                     )  # x @ share is the mean of x [B] over valid samples
                     with torch.no_grad():
-                        ratio = (actor(obs[block]).log_prob(actions[block]) - old_log_prob[block]).exp()  # [B]
+                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old_log_prob[block]  # [B]
                         y = advantages[block] - advantages[block] @ share
                         rms = (y.square() @ share).sqrt() + 1e-8
-                        batch = (obs[block], actions[block], y / rms, ratio.clamp(0.1, 10) * valid[block])
+                        batch = (obs[block], actions[block], y / rms, log_ratio.exp().clamp(0.1, 10) * valid[block])
                         applied, norm, memory = kaczmarz_step(args, actor, batch, memory)
                         torch._foreach_add_(list(actor.parameters()), applied, alpha=learning_rate)  # (4)
                     norms.append(norm)
             with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
                 policy = actor(obs[block])
                 scores = {"tape": tape_scores, "vmap": vmap_scores}[args.jacobian](actor, obs[block], actions[block])
-                trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)).sum() for x, g, p in scores)
+                trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)) @ share for x, g, p in scores)
                 metrics = {
                     "rat/kl": kl_divergence(old_actor(obs[block]), policy) @ share,
-                    "losses/approx_kl": (ratio - 1 - ratio.log()) @ share,  # a sample estimate, before the last update
+                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # sampled, before the last update
                     "losses/entropy": policy.entropy() @ share,
                     "losses/explained_variance": 1
                     - advantages[valid > 0].var() / returns[valid > 0].var() / popart.std**2,
                     "rat/direction_norm": torch.stack(norms).mean(),
-                    "rat/kernel_trace": trace,
-                    "rat/ratio_max": ratio.max(),
+                    "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
+                    "rat/ratio_max": log_ratio[valid[block] > 0].max().exp(),
                     "rat/advantage_rms": rms,
                 }
 
+            phase, losses = "critic updates", []
             for _ in range(args.critic_epochs):
                 for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
                     share = valid[block] / valid[block].sum().clamp(min=1)
@@ -473,16 +468,19 @@ def main(args: Args) -> None:
                     losses.append(loss.detach())
             metrics["losses/value_loss"] = torch.stack(losses).mean()
             metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            if broken := [tag for tag, value in metrics.items() if not math.isfinite(value)]:
-                raise FloatingPointError(f"{broken[0]} is not finite")
+            for tag in ("rat/kl", "losses/entropy", "rat/direction_norm", "losses/value_loss"):
+                if not math.isfinite(metrics[tag]):
+                    raise FloatingPointError(f"{tag} is not finite")
         except FloatingPointError as error:
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
 
         wall_seconds = time.time() - started
+        episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
+        metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
         metrics |= {"charts/learning_rate": learning_rate, "rat/damping": args.damping}
         metrics |= {"charts/SPS": global_step / wall_seconds, "charts/wall_seconds": wall_seconds}
-        logger.write(global_step, collector.score() | metrics)
+        logger.write(global_step, metrics)
         factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
         learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
         if global_step // batch_size % args.checkpoint_interval == 0:
@@ -490,8 +488,10 @@ def main(args: Args) -> None:
     save(state())
     for part in (envs, logger.bar, logger.csv, logger.events):
         part.close()
-    episodic_return = collector.score()["charts/episodic_return"]
+    episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
     print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
         fail(f"stopped by signal {stop[0]}, continue with --resume --run-name {args.run_name}.", 128 + stop[0])
 

@@ -1,0 +1,188 @@
+"""rat_direction and kaczmarz_step against explicit float64 formulas with materialised scores."""
+
+import pytest
+import torch
+from conftest import flat, score_matrix
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+
+import rat_continuous as rat
+
+
+def problem(obs_dim, act_dim, hidden, samples, seed=0):
+    """An actor away from its initialisation and a block with a fifth of the weights zero."""
+    torch.manual_seed(seed)
+    actor = rat.Actor(obs_dim, act_dim, hidden)
+    for p in actor.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    obs, actions = torch.randn(samples, obs_dim), 1.3 * torch.randn(samples, act_dim)
+    weights = (0.1 + 2 * torch.rand(samples)) * (torch.rand(samples) > 0.2)
+    return actor, obs, actions, torch.randn(samples), weights
+
+
+def primal(scores, y, weights, damping, previous):
+    """argmin_g |y - H g|^2_Sigma + damping |g - previous|^2, the p x p way: no kernel, no Cholesky of it."""
+    weighted = scores.T * (weights.double() / (weights > 0).sum())  # H^T Sigma
+    curvature = weighted @ scores + damping * torch.eye(scores.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(curvature, weighted @ y.double() + damping * previous)
+
+
+def relative(x, reference):
+    return ((x.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("jacobian", ["tape", "vmap"])
+@pytest.mark.parametrize("with_previous", [False, True])
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10])
+@pytest.mark.parametrize("size", [(3, 1, 16, 64), (17, 6, 32, 100), (8, 2, 24, 257)])
+def test_direction_is_the_proximal_minimiser(size, damping, with_previous, jacobian):
+    actor, obs, actions, y, weights = problem(*size)
+    previous = [0.1 * torch.randn_like(p) for p in actor.parameters()] if with_previous else None
+    start = flat(previous).double() if with_previous else torch.zeros(sum(p.numel() for p in actor.parameters())).double()
+    expected = primal(score_matrix(actor, obs, actions), y, weights, damping, start)
+    direction = rat.rat_direction(actor, obs, actions, y, weights, damping, previous, jacobian)
+    assert [d.shape for d in direction] == [p.shape for p in actor.parameters()]
+    assert relative(flat(direction), expected) < 1e-4
+
+
+def test_tape_and_vmap_agree_at_the_default_size():
+    actor, *block = problem(17, 6, 256, 512)
+    previous = [0.01 * torch.randn_like(p) for p in actor.parameters()]
+    tape, vmap = (flat(rat.rat_direction(actor, *block, 0.1, previous, j)) for j in ("tape", "vmap"))
+    assert relative(tape, vmap.double()) < 1e-4
+
+
+def test_rows_of_weight_zero_change_nothing():
+    actor, obs, actions, y, weights = problem(5, 2, 16, 80)
+    dead = weights == 0
+    kept = rat.rat_direction(actor, obs[~dead], actions[~dead], y[~dead], weights[~dead], 0.1)
+    obs[dead], actions[dead], y[dead] = 100.0, -50.0, 1e4
+    assert relative(flat(rat.rat_direction(actor, obs, actions, y, weights, 0.1)), flat(kept).double()) < 1e-5
+
+
+def test_release_is_its_direct_form_over_three_blocks():
+    args, memory, mine = rat.Args(kaczmarz="release"), None, 0.0
+    for seed in range(3):
+        actor, obs, actions, y, weights = problem(4, 2, 16, 120, seed)
+        scores = score_matrix(actor, obs, actions)
+        sigma = torch.diag(weights.double() / (weights > 0).sum())
+        system = args.damping * torch.eye(len(y)).double() + scores @ scores.T @ sigma
+        residual = y.double() + (scores @ mine if seed else 0.0)  # plus: the published code's sign
+        increment = scores.T @ sigma @ torch.linalg.solve(system, residual)
+        mine = increment * min(1, args.max_grad_norm / (increment.norm().item() + 1e-6))
+        applied, norm, memory = rat.kaczmarz_step(args, actor, (obs, actions, y, weights), memory)
+        assert relative(flat(applied), mine) < 1e-4
+        assert relative(norm, increment.norm()) < 1e-4
+        assert all(torch.equal(a, m) for a, m in zip(applied, memory, strict=True))
+
+
+def test_paper_remembers_the_unclipped_iterate_and_off_nothing():
+    actor, *block = problem(4, 2, 16, 120)
+    paper, off = rat.Args(kaczmarz="paper", max_grad_norm=0.05), rat.Args(kaczmarz="off", max_grad_norm=0.05)
+    first = rat.rat_direction(actor, *block, paper.damping)
+    applied, norm, memory = rat.kaczmarz_step(paper, actor, block, None)
+    assert relative(flat(memory), flat(first).double()) < 1e-6
+    assert norm > 0.05 and flat(applied).norm().item() == pytest.approx(0.05, rel=1e-4)
+    _, _, second = rat.kaczmarz_step(paper, actor, block, memory)
+    assert relative(flat(second), flat(rat.rat_direction(actor, *block, paper.damping, first)).double()) < 1e-6
+    applied, _, memory = rat.kaczmarz_step(off, actor, block, None)
+    assert memory is None and relative(flat(applied), flat(first).double() * 0.05 / flat(first).norm()) < 1e-4
+
+
+class LinearGaussian(nn.Module):
+    """Few, well-conditioned parameters, so that Theorem 1's rate is one that 30 steps can show."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(3, 2), nn.Linear(1, 2, bias=False)
+
+    def forward(self, obs):
+        std = self.log_std(obs.new_ones(len(obs), 1)).exp()
+        return Independent(Normal(self.mean(obs), std, validate_args=False), 1, validate_args=False)
+
+
+def consistent_blocks(blocks=6, samples=8):
+    """Scores of several blocks at one parameter vector in float64, and a solution g in their row space."""
+    torch.manual_seed(3)
+    actor = LinearGaussian().double()
+    data = [(torch.randn(samples, 3).double(), torch.randn(samples, 2).double()) for _ in range(blocks)]
+    weights = [0.5 + torch.rand(samples).double() for _ in data]
+    scores = [score_matrix(actor, *d) for d in data]
+    _, singular, rows = torch.linalg.svd(torch.cat(scores), full_matrices=False)
+    basis = rows[singular > 1e-8 * singular[0]].T  # row space of all blocks
+    return actor, data, weights, scores, basis, basis @ torch.randn(basis.shape[1]).double()
+
+
+def contraction(scores, weights, basis, damping):
+    """Q = H^T Sigma (damping I + H H^T Sigma)^-1 of each block, and mu = lambda_min(E[Q H]) on the row space."""
+    maps = []
+    for rows, w in zip(scores, weights, strict=True):
+        sigma = torch.diag(w / len(w))
+        maps.append(rows.T @ sigma @ torch.linalg.inv(damping * torch.eye(len(w)).double() + rows @ rows.T @ sigma))
+    mean = sum(q @ h for q, h in zip(maps, scores, strict=True)) / len(maps)
+    return maps, torch.linalg.eigvalsh(basis.T @ mean @ basis)[0].item()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_kaczmarz_converges_as_theorems_1_and_2_say(noise, damping=0.1, steps=30, repeats=100):
+    actor, data, weights, scores, basis, solution = consistent_blocks()
+    maps, mu = contraction(scores, weights, basis, damping)
+    floor = noise**2 * sum(q.square().sum().item() for q in maps) / len(maps) / mu  # sigma^2 / mu
+    errors = torch.zeros(steps + 1).double()
+    for _ in range(repeats):
+        iterate = [torch.zeros_like(p) for p in actor.parameters()]
+        errors[0] += solution.square().sum() / repeats
+        for step in range(1, steps + 1):
+            block = torch.randint(len(data), ()).item()
+            y = scores[block] @ solution + noise * torch.randn(len(weights[block])).double()
+            iterate = rat.rat_direction(actor, *data[block], y, weights[block], damping, iterate)
+            errors[step] += (flat(iterate) - solution).square().sum() / repeats
+    bound = errors[0] * (1 - mu) ** torch.arange(steps + 1) + floor
+    assert 0 < mu < 1
+    assert (errors <= bound * (1 + 1e-9)).all()
+    if noise:
+        assert errors[-1] > 0.01 * floor  # at the floor, not below: consistent targets would be far under it
+    else:
+        assert errors[-1] < 0.01 * errors[0]
+
+
+class Normed(nn.Module):
+    """A policy with a layer that the tape does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, obs):
+        return Categorical(logits=self.net(obs), validate_args=False)
+
+
+class Twice(Normed):
+    """A policy that calls one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, obs):
+        return Categorical(logits=self.net(self.net[0](obs)), validate_args=False)
+
+
+@pytest.mark.parametrize(("policy", "named"), [(Normed, "LayerNorm"), (Twice, "net.0")])
+def test_the_tape_refuses_what_it_does_not_know_and_vmap_takes_it(policy, named):
+    torch.manual_seed(0)
+    actor, obs, actions = policy(), torch.randn(40, 4), torch.randint(3, (40,))
+    y, weights = torch.randn(40), torch.ones(40)
+    with pytest.raises(TypeError, match=f"{named}.*--jacobian vmap"):
+        rat.rat_direction(actor, obs, actions, y, weights, 0.1)
+    scores = score_matrix(actor, obs, actions)
+    expected = primal(scores, y, weights, 0.1, torch.zeros(scores.shape[1]).double())
+    assert relative(flat(rat.rat_direction(actor, obs, actions, y, weights, 0.1, jacobian="vmap")), expected) < 1e-4
+
+
+@pytest.mark.parametrize("broken", ["obs", "advantages"])
+def test_values_that_are_not_finite_raise(broken):
+    actor, obs, actions, y, weights = problem(3, 1, 8, 20)
+    {"obs": obs, "advantages": y}[broken].view(-1)[weights.argmax() * (3 if broken == "obs" else 1)] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        rat.rat_direction(actor, obs, actions, y, weights, 0.1)

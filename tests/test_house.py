@@ -1,0 +1,64 @@
+"""The rules that keep the scripts readable: self-contained, the same where they say the same, short."""
+
+import ast
+import inspect
+import re
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "enjoy")
+CORES = {"rat_continuous": "rat_direction"}  # the function or class that holds the algorithm
+# Names that say the same in two scripts but are not: script's own arguments, text and loop.
+OWN = {"Args", "main", "ALGORITHM"}
+
+
+def definitions(script):
+    """Top-level functions, classes and constants with their source."""
+    source = (ROOT / f"{script}.py").read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.get_source_segment(source, node)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.get_source_segment(source, node)
+    return found
+
+
+def test_same_name_same_source():
+    seen = {}
+    for script in SCRIPTS:
+        for name, source in definitions(script).items():
+            if name not in OWN:
+                first, text = seen.setdefault(name, (script, source))
+                assert source == text, f"{name} differs between {first}.py and {script}.py"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_self_contained_and_short(script):
+    source = (ROOT / f"{script}.py").read_text()
+    assert len(source.splitlines()) <= 500
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE))
+    assert not imported & {path.stem for path in ROOT.glob("*.py")}
+    assert len(definitions(script)[CORES[script]].splitlines()) <= 60
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_argument_is_read_and_explained(script):
+    source = (ROOT / f"{script}.py").read_text()
+    fields = re.findall(r"^    (\w+): .* = .*?(  # \w.*)?$", definitions(script)["Args"], re.MULTILINE)
+    assert len(fields) > 10
+    for name, comment in fields:
+        assert comment, f"{name} has no help text"
+        used = re.findall(rf"\bargs\.{name}\b", source)
+        assert used or name.endswith("interval"), f"nothing reads {name}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_functions_and_classes_say_what_they_do(script):
+    import importlib
+
+    module = importlib.import_module(script)
+    for name in definitions(script):
+        if inspect.isfunction(value := getattr(module, name)) or (inspect.isclass(value) and name != "Args"):
+            assert value.__doc__, f"{name} has no docstring"

@@ -1,0 +1,140 @@
+"""Rollout, advantages and running statistics against slow references."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import rat_continuous as rat
+
+
+def test_gae_by_hand():
+    """gamma 0.5, lambda 0.5, one environment: a termination at step 1, its reset step 2, a truncation at step 4."""
+    rewards = torch.tensor([[1.0], [2.0], [0.0], [3.0], [4.0]])
+    values = torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0], [60.0]])
+    terminated = torch.tensor([[0.0], [1.0], [0.0], [0.0], [0.0]])
+    done = torch.tensor([[0.0], [1.0], [0.0], [0.0], [1.0]])
+    advantages = rat.gae(rewards, values, terminated, done, 0.5, 0.5).squeeze(1)
+    # step 4, truncated:  4 + 0.5 * 60 - 50 = -16
+    # step 3:             3 + 0.5 * 50 - 40 + 0.25 * -16 = -16
+    # step 1, terminated: 2 - 20 = -18, nothing from step 2
+    # step 0:             1 + 0.5 * 20 - 10 + 0.25 * -18 = -3.5
+    assert advantages[[0, 1, 3, 4]].tolist() == [-3.5, -18.0, -16.0, -16.0]
+
+
+def test_gae_against_each_episode_alone():
+    generator = np.random.default_rng(0)
+    steps, envs, gamma, lam = 40, 5, 0.97, 0.9
+    rewards, values = generator.normal(size=(steps, envs)), generator.normal(size=(steps + 1, envs))
+    done, terminated = np.zeros((steps, envs)), np.zeros((steps, envs))
+    expected, valid = np.full((steps, envs), np.nan), np.ones((steps, envs))
+    for env in range(envs):
+        start = 0
+        while start < steps:
+            end = min(start + int(generator.integers(1, 12)), steps)  # steps start .. end - 1 are one episode
+            finished = end < steps or generator.random() < 0.5
+            final = finished and generator.random() < 0.5
+            if finished:
+                done[end - 1, env], terminated[end - 1, env] = 1, final
+            targets = [rewards[t, env] + gamma * values[t + 1, env] - values[t, env] for t in range(start, end)]
+            if final:
+                targets[-1] -= gamma * values[end, env]
+            for t in range(start, end):
+                expected[t, env] = sum((gamma * lam) ** k * d for k, d in enumerate(targets[t - start :]))
+            if end < steps:
+                valid[end, env] = 0  # the reset step
+            start = end + 1
+    tensors = (torch.tensor(x) for x in (rewards, values, terminated, done))
+    advantages = rat.gae(*tensors, gamma, lam).numpy()
+    assert (valid == 0).sum() > 10 and terminated.sum() > 3 and (done - terminated).sum() > 3
+    np.testing.assert_allclose(advantages[valid > 0], expected[valid > 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("env_id", "steps"), [("InvertedPendulum-v5", 60), ("Pendulum-v1", 210)])
+def test_collector_replays_on_single_environments(env_id, steps, monkeypatch, num_envs=3):
+    """Every step of the rollout again, one environment at a time, resetting by hand: terminations and truncations."""
+    args = rat.Args(env_id=env_id, num_envs=num_envs)
+    torch.manual_seed(0)
+    envs, first = rat.make_envs(args, seed=7)
+    agent = rat.Agent(envs.single_observation_space, envs.single_action_space)
+    collector, taken, step = rat.Collector(envs, first), [], envs.step
+    monkeypatch.setattr(envs, "step", lambda action: (taken.append(action), step(action))[1])
+    parts = [collector.collect(agent, n, torch.device("cpu")) for n in (steps // 2, steps - steps // 2)]
+    obs, actions, rewards, terminated, done, valid = (torch.cat([a, b]).numpy() for a, b in zip(*parts, strict=True))
+    obs = np.delete(obs, steps // 2, axis=0)  # the second half starts with the first half's last observation
+    low, high = envs.single_action_space.low, envs.single_action_space.high
+    np.testing.assert_allclose(np.array(taken), low + (np.tanh(actions) + 1) / 2 * (high - low), rtol=1e-5, atol=1e-6)
+    episodes = []
+    for i in range(num_envs):
+        env, needs_reset, total, length = gym.make(env_id), False, 0.0, 0
+        now, _ = env.reset(seed=7 + i)
+        for t in range(steps):
+            np.testing.assert_allclose(obs[t, i], now, rtol=1e-6)
+            assert valid[t, i] == (not needs_reset)
+            if needs_reset:
+                now, needs_reset, total, length = env.reset()[0], False, 0.0, 0
+                assert rewards[t, i] == 0 and done[t, i] == 0
+                continue
+            now, reward, ends, cut, _ = env.step(taken[t][i])
+            assert (terminated[t, i], done[t, i]) == (ends, ends or cut)
+            assert rewards[t, i] == pytest.approx(reward, rel=1e-5)
+            total, length, needs_reset = total + reward, length + 1, ends or cut
+            if needs_reset:
+                episodes.append((t, i, total, length))
+        np.testing.assert_allclose(obs[steps, i], now, rtol=1e-6)
+    assert len(episodes) >= num_envs
+    expected = [(total, length) for _, _, total, length in sorted(episodes)]
+    np.testing.assert_allclose(np.array(collector.finished), expected, rtol=1e-5)
+
+
+def test_popart_keeps_its_outputs_and_averages_debiased():
+    torch.manual_seed(0)
+    head, features = rat.PopArt(16, beta=0.9), torch.randn(50, 16)
+    before = (head(features) * head.std + head.mean).detach()
+    first, second = 100 + 7 * torch.randn(400), -20 + 3 * torch.randn(300)
+    for batch in (first, second):
+        head.update(batch)
+        after = (head(features) * head.std + head.mean).detach()
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-4)
+    shares = np.array([0.9 * 0.1, 0.1]) / (1 - 0.9**2)  # weights of the two batches, debiased
+    mean = shares @ [first.mean().item(), second.mean().item()]
+    square = shares @ [first.double().square().mean().item(), second.double().square().mean().item()]
+    assert head.mean.item() == pytest.approx(mean, rel=1e-6)
+    assert head.std.item() == pytest.approx(np.sqrt(square - mean**2), rel=1e-6)
+    head = rat.PopArt(16)
+    head.update(first)
+    assert (head.mean.item(), head.std.item()) == pytest.approx(
+        (first.mean().item(), first.std(correction=0).item()), rel=1e-4
+    )
+    head.update(torch.zeros(100))
+    constant = rat.PopArt(16)
+    constant.update(torch.full((100,), 5.0))
+    assert constant.std.item() == pytest.approx(1e-3)
+
+
+def test_observation_statistics_match_numpy_over_all_data():
+    generator = np.random.default_rng(0)
+    batches = [generator.normal(3, 20, size=(n, 4)) for n in (64, 1, 500, 37)]
+    normalizer = rat.ObsNormalizer(4)
+    for batch in batches:
+        normalizer.update(torch.tensor(batch))
+    data = np.concatenate(batches)
+    count = len(data) + 1  # the prior counts as one sample of mean 0 and variance 1
+    mean = data.sum(0) / count
+    var = (((data - mean) ** 2).sum(0) + mean**2 + 1) / count
+    np.testing.assert_allclose(normalizer.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(normalizer.var, var, rtol=1e-12)
+    assert normalizer.count.item() == count
+    expected = np.clip((data - mean) / np.sqrt(var + 1e-5), -5, 5)
+    np.testing.assert_allclose(normalizer(torch.tensor(data)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_actions_span_the_box():
+    low, high = np.array([-0.4, 1.0], np.float32), np.array([0.4, 3.0], np.float32)
+    agent = rat.Agent(gym.spaces.Box(-1, 1, (5,)), gym.spaces.Box(low, high))
+    action, env_action = agent.act(torch.randn(2000, 5))
+    expected = low + (np.tanh(action.numpy()) + 1) / 2 * (high - low)
+    np.testing.assert_allclose(env_action, expected, rtol=1e-5, atol=1e-6)
+    mean, _ = agent.act(torch.zeros(1, 5), deterministic=True)
+    assert torch.equal(mean, agent.act(torch.zeros(1, 5), deterministic=True)[0])
+    assert not torch.equal(mean, agent.act(torch.zeros(1, 5))[0])

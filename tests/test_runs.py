@@ -1,0 +1,250 @@
+"""Whole runs from the command line: learning, determinism, checkpoints, bad input. Parametrised by script."""
+
+import importlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import SCRIPTS, TOYS, command, environment, read_csv, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.parametrize("script", SCRIPTS)
+SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]  # 64-step iterations
+
+
+def steps_in_events(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [point.step for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_learns_inverted_pendulum(script, tmp_path):
+    """The policy after 60k steps balances 800 steps and more: sampled actions, 10 episodes."""
+    result = run(script, "--env-id", "InvertedPendulum-v5", "--total-timesteps", 60_000, "--num-envs", 8, "--seed", 1,
+                 "--output-dir", tmp_path, "--run-name", "learn")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    played = run("enjoy", tmp_path / "learn" / "checkpoint.pt", "--stochastic", "--json")
+    assert json.loads(played.stdout)["return_mean"] >= 800
+
+
+def test_run_folder_and_clean_output(script, tmp_path):
+    result = run(script, *SMALL, "--total-timesteps", 640, "--output-dir", tmp_path, "--seed", 5)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith(f"InvertedPendulum-v5__{script}__5__")
+    assert sorted(p.name.split(".")[0] for p in folder.iterdir()) == ["checkpoint", "config", "events", "progress"]
+    assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 640
+    rows = read_csv(folder)
+    assert [int(row["global_step"]) for row in rows] == list(range(64, 641, 64))
+    wanted = {"episodic_return", "episodic_length", "approx_kl", "entropy", "learning_rate", "value_loss", "sps"}
+    assert wanted | {"wall_seconds"} <= set(rows[0])
+    tags = steps_in_events(folder)
+    assert {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/approx_kl"} <= set(tags)
+    assert set(map(tuple, tags.values())) == {tuple(range(64, 641, 64))}
+    assert result.stdout.count("\n") == 1 and "episodic_return" in result.stdout
+    assert all(line.startswith("step ") for line in result.stderr.splitlines()), result.stderr
+
+
+def test_same_seed_same_csv(script, tmp_path):
+    rows = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(script, *SMALL, "--total-timesteps", 512, "--seed", seed, "--output-dir", tmp_path,
+                   "--run-name", name).returncode == 0  # fmt: skip
+        rows.append([{k: v for k, v in row.items() if k not in ("sps", "wall_seconds")} for row in read_csv(tmp_path / name)])
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_resume_after_three_kills(script, tmp_path):
+    arguments = [*SMALL, "--total-timesteps", 64 * 400, "--checkpoint-interval", 7, "--output-dir", tmp_path,
+                 "--run-name", "killed"]  # fmt: skip
+    folder, resume = tmp_path / "killed", []
+    for kill in range(3):
+        rows_before = len(read_csv(folder)) if kill else 0
+        process = subprocess.Popen(
+            command(script, *arguments, *resume), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        wait_for(lambda rows=rows_before: (folder / "checkpoint.pt").exists() and len(read_csv(folder)) > rows)
+        time.sleep(random.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
+        resume = ["--resume"]
+    with open(folder / "progress.csv", "a") as file:
+        file.write("999999,1.0,")  # a torn row, as a crash of the machine leaves it
+    result = run(script, *arguments, "--resume")
+    assert result.returncode == 0, result.stderr
+    expected = list(range(64, 64 * 400 + 1, 64))
+    assert [int(row["global_step"]) for row in read_csv(folder)] == expected
+    assert all(None not in row and None not in row.values() for row in read_csv(folder))
+    for tag, steps in steps_in_events(folder).items():
+        assert steps == expected, tag
+    before = (folder / "progress.csv").read_bytes()
+    assert run(script, *arguments, "--resume").returncode == 0  # a finished run has nothing left to do
+    assert (folder / "progress.csv").read_bytes() == before
+
+
+def test_resume_restores_everything_but_the_environments(script, tmp_path):
+    """The state after a resume with nothing left to train is the state before it, bit by bit."""
+    arguments = [*SMALL, "--total-timesteps", 640, "--output-dir", tmp_path, "--run-name", "state"]
+    assert run(script, *arguments).returncode == 0
+    path = tmp_path / "state" / "checkpoint.pt"
+    before = torch.load(path, weights_only=True)
+    assert run(script, *arguments, "--resume").returncode == 0
+    after = torch.load(path, weights_only=True)
+    assert after.pop("args") == before.pop("args") | {"resume": True}
+    assert len(before["episodes"]) > 0 and before["global_step"] == 640
+
+    def same(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        if isinstance(a, list | tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        return a == b
+
+    assert all(same(before[key], after[key]) for key in before), [k for k in before if not same(before[k], after[k])]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_checkpoint_of_the_last_row(script, number, tmp_path):
+    arguments = [*SMALL, "--total-timesteps", 10**6, "--output-dir", tmp_path, "--run-name", "stopped"]
+    process = subprocess.Popen(
+        command(script, *arguments, "--vectorization", "async"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    folder = tmp_path / "stopped"
+    wait_for(lambda: (folder / "progress.csv").exists() and len(read_csv(folder)) > 2)
+    # as a terminal does: the whole process group, the workers of the environments too
+    subprocess.run(["kill", f"-{int(number)}", f"-{process.pid}"], check=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert errors.count("\n") == 1 and "--resume --run-name stopped" in errors
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"]
+    assert step == int(read_csv(folder)[-1]["global_step"])
+    total = step + 128
+    result = run(script, *SMALL, "--total-timesteps", total, "--output-dir", tmp_path, "--run-name", "stopped", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert [int(row["global_step"]) for row in read_csv(folder)] == list(range(64, total + 1, 64))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "quantity"), [("NanReward", "reward"), ("NanObs", "observation"), ("HugeReward", "finite")]
+)
+def test_values_that_are_not_finite_stop_the_run(script, env_id, quantity, tmp_path):
+    arguments = ["--env-id", f"toy_envs:{env_id}-v0", "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 640]
+    result = run(script, *arguments, "--output-dir", tmp_path, "--run-name", "broken")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].count(f"{script}: iteration 3") == 1, result.stderr
+    assert quantity in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    saved = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 128 == int(read_csv(tmp_path / "broken")[-1]["global_step"])
+    assert all(t.isfinite().all() for t in saved["agent"].values())
+
+
+BAD = {
+    "unknown environment": (["--env-id", "NoSuchTask-v1"], "NoSuchTask"),
+    "unknown version": (["--env-id", "HalfCheetah-v99"], "HalfCheetah-v99"),
+    "unknown module": (["--env-id", "no_module:Task-v1"], "no_module"),
+    "unbounded actions": (["--env-id", "toy_envs:UnboundedActions-v0"], "bounded"),
+    "dictionary observations": (["--env-id", "toy_envs:DictObs-v0"], "Dict"),
+    "image observations": (["--env-id", "toy_envs:ImageObs-v0"], "flat Box"),
+    "indivisible": (["--num-envs", "3", "--num-steps", "5"], "does not divide"),
+    "zero environments": (["--num-envs", "0"], "--num-envs 0"),
+    "negative steps": (["--num-steps", "-5"], "--num-steps -5"),
+    "zero epochs": (["--update-epochs", "0"], "--update-epochs 0"),
+    "zero minibatches": (["--num-minibatches", "0"], "--num-minibatches 0"),
+    "zero interval": (["--checkpoint-interval", "0"], "--checkpoint-interval 0"),
+    "no whole rollout": (["--total-timesteps", "63"], "--total-timesteps 63"),
+    "zero damping": (["--damping", "0"], "--damping 0"),
+    "negative damping": (["--damping", "-0.1"], "--damping -0.1"),
+    "nan learning rate": (["--learning-rate", "nan"], "--learning-rate nan"),
+    "gamma 0": (["--gamma", "0"], "--gamma 0"),
+    "gamma above 1": (["--gamma", "1.01"], "--gamma 1.01"),
+    "negative seed": (["--seed", "-1"], "--seed -1"),
+    "envpool missing": (["--vectorization", "envpool"], "pip install envpool"),
+    "resume without checkpoint": (["--resume", "--run-name", "nothing"], "missing"),
+    "unknown kaczmarz": (["--kaczmarz", "sometimes"], "kaczmarz"),
+}
+if not torch.cuda.is_available():
+    BAD["no cuda"] = (["--device", "cuda"], "--device cuda")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_writes_nothing(script, case, tmp_path):
+    arguments, named = BAD[case]
+    output = tmp_path / "runs"
+    result = run(
+        script, *SMALL, "--total-timesteps", 640, "--output-dir", output, *arguments,
+        import_paths=[TOYS / "envpool_absent"],
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stdout == "" and named in result.stderr and "Traceback" not in result.stderr
+    if case != "unknown kaczmarz":  # tyro draws a box around what it refuses
+        assert result.stderr.count("\n") == 1
+    assert not output.exists()
+
+
+def test_discrete_actions_are_refused(script, tmp_path):
+    result = run(script, "--env-id", "CartPole-v1", "--output-dir", tmp_path / "runs")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "Discrete(2)" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_envpool_without_the_environment(script, tmp_path):
+    result = run(script, *SMALL, "--vectorization", "envpool", "--output-dir", tmp_path / "runs",
+                 import_paths=[TOYS / "envpool_empty"])  # fmt: skip
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "--vectorization sync" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_folders_and_checkpoints(script, tmp_path):
+    arguments = [*SMALL, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "one"]
+    assert run(script, *arguments).returncode == 0
+    path = tmp_path / "one" / "checkpoint.pt"
+    content, files = path.read_bytes(), sorted(p.name for p in (tmp_path / "one").iterdir())
+
+    def refused(named, *more):
+        result = run(script, *arguments, *more)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert named in result.stderr and "Traceback" not in result.stderr
+        assert sorted(p.name for p in (tmp_path / "one").iterdir()) == files
+
+    refused("--resume")  # the folder is there
+    refused("env_id", "--resume", "--env-id", "Pendulum-v1")
+    refused("gamma", "--resume", "--gamma", "0.9")
+    for broken in (content[: len(content) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(broken)
+        refused("damaged", "--resume")
+    state = torch.load(shutil.copy(path, tmp_path / "copy.pt") if path.write_bytes(content) else path, weights_only=True)
+    torch.save(state | {"algorithm": "something_else"}, path)
+    refused("something_else", "--resume")
+    torch.save({"weights": torch.zeros(3)}, path)
+    refused("damaged", "--resume")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("file", "--output-dir", file)
+    refused("file", "--output-dir", file / "below")
+
+
+def test_main_is_importable(script, tmp_path):
+    module = importlib.import_module(script)
+    arguments = {"env_id": "InvertedPendulum-v5", "num_envs": 4, "num_steps": 16, "total_timesteps": 128}
+    module.main(module.Args(**arguments, output_dir=str(tmp_path), run_name="imported"))
+    assert len(read_csv(tmp_path / "imported")) == 2
+
+
+@pytest.mark.parametrize("options", [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]])
+def test_settings_run(script, options, tmp_path):
+    result = run(script, *SMALL, "--total-timesteps", 256, "--output-dir", tmp_path, "--run-name", "x", *options)
+    assert result.returncode == 0 and len(read_csv(tmp_path / "x")) == 4

@@ -1,0 +1,45 @@
+"""Environments that a test needs and Gymnasium has not: `--env-id toy_envs:NAME-v0` with this folder on the path."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
+
+
+class Toy(gym.Env):
+    """Ten-step episodes whose next observation is the action; rewards and spaces vary by keyword."""
+
+    def __init__(self, observation=None, action=None, bad_step=None, bad_value=np.nan, bad_reward=True):
+        self.observation_space = observation or Box(-1, 1, (3,))
+        self.action_space = action or Box(-2, 2, (1,))
+        self.bad_step, self.bad_value, self.bad_reward = bad_step, bad_value, bad_reward
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+
+    def step(self, action):
+        self.time, self.steps = self.time + 1, self.steps + 1
+        obs = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        reward = -float(np.square(action).sum())
+        if self.steps == self.bad_step:
+            if self.bad_reward:
+                reward = self.bad_value
+            else:
+                obs[1] = self.bad_value
+        return obs, reward, self.time == 10, False, {}
+
+
+KINDS = {
+    "Plain": {},
+    "UnboundedActions": {"action": Box(-np.inf, np.inf, (1,))},
+    "DiscreteActions": {"action": Discrete(3)},
+    "DictObs": {"observation": Dict({"a": Box(-1, 1, (3,))})},
+    "ImageObs": {"observation": Box(0, 255, (8, 8, 3), np.uint8)},
+    "NanReward": {"bad_step": 40},
+    "NanObs": {"bad_step": 40, "bad_reward": False},
+    "HugeReward": {"bad_step": 40, "bad_value": 3e38},
+}
+for name, kwargs in KINDS.items():
+    gym.register(f"{name}-v0", entry_point=Toy, kwargs=kwargs, disable_env_checker=True)
