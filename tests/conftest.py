@@ -1,19 +1,21 @@
 """Shared by all tests: the scripts under test, a runner for their command lines, the explicit score matrix."""
 
+import copy
 import csv
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+import tyro
 from torch.func import functional_call, jacrev
 
 ROOT = Path(__file__).parents[1]
 TOYS = Path(__file__).parent / "toys"
 SCRIPTS = ["rat_continuous"]  # every training script that runs on InvertedPendulum-v5
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(TOYS)]
 torch.set_num_threads(1)
 
 
@@ -21,16 +23,19 @@ def command(script, *arguments):
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
 
 
-def environment(*import_paths):
-    paths = os.pathsep.join(map(str, (TOYS, *import_paths)))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "default"}
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOYS)}
 
 
-def run(script, *arguments, import_paths=()):
+def run(script, *arguments):
     """Run a script's command line to its end; stdout and stderr as text."""
-    return subprocess.run(
-        command(script, *arguments), env=environment(*import_paths), capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command(script, *arguments), env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def train(script, *arguments):
+    """The same without a new process: main(Args) of the script, from its command line."""
+    module = importlib.import_module(script)
+    module.main(tyro.cli(module.Args, args=list(map(str, arguments))))
 
 
 def read_csv(folder):
@@ -43,20 +48,8 @@ def flat(tensors):
 
 
 def score_matrix(actor, obs, actions):
-    """H [B, p] in float64 by forward-over-parameters differentiation, column order of actor.parameters()."""
-    actor = functional_copy(actor)
+    """H [B, p] in float64 by differentiating every sample's log-likelihood, columns as in actor.parameters()."""
+    actor = copy.deepcopy(actor).double()
     named = {name: p.detach() for name, p in actor.named_parameters()}
     rows = jacrev(lambda named: functional_call(actor, named, obs.double()).log_prob(actions.double()))(named)
     return torch.cat([rows[name].flatten(1) for name in named], 1)
-
-
-def functional_copy(actor):
-    import copy
-
-    return copy.deepcopy(actor).double()
-
-
-@pytest.fixture
-def small_run():
-    """Arguments of a run of 64-step iterations that takes a few milliseconds each."""
-    return ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]

@@ -38,7 +38,9 @@ def relative(x, reference):
 def test_direction_is_the_proximal_minimiser(size, damping, with_previous, jacobian):
     actor, obs, actions, y, weights = problem(*size)
     previous = [0.1 * torch.randn_like(p) for p in actor.parameters()] if with_previous else None
-    start = flat(previous).double() if with_previous else torch.zeros(sum(p.numel() for p in actor.parameters())).double()
+    start = (
+        flat(previous).double() if with_previous else torch.zeros(sum(p.numel() for p in actor.parameters())).double()
+    )
     expected = primal(score_matrix(actor, obs, actions), y, weights, damping, start)
     direction = rat.rat_direction(actor, obs, actions, y, weights, damping, previous, jacobian)
     assert [d.shape for d in direction] == [p.shape for p in actor.parameters()]
@@ -157,6 +159,23 @@ class Normed(nn.Module):
         return Categorical(logits=self.net(obs), validate_args=False)
 
 
+class Overwritten(Normed):
+    """A policy whose activation overwrites the layer's output in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+
+
+class Tied(Normed):
+    """A policy with one weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+        self.net[2].weight = self.net[0].weight
+
+
 class Twice(Normed):
     """A policy that calls one layer twice."""
 
@@ -168,7 +187,9 @@ class Twice(Normed):
         return Categorical(logits=self.net(self.net[0](obs)), validate_args=False)
 
 
-@pytest.mark.parametrize(("policy", "named"), [(Normed, "LayerNorm"), (Twice, "net.0")])
+@pytest.mark.parametrize(
+    ("policy", "named"), [(Normed, "LayerNorm"), (Overwritten, "net.0"), (Tied, "net.0"), (Twice, "net.0")]
+)
 def test_the_tape_refuses_what_it_does_not_know_and_vmap_takes_it(policy, named):
     torch.manual_seed(0)
     actor, obs, actions = policy(), torch.randn(40, 4), torch.randint(3, (40,))

@@ -156,7 +156,7 @@ def test_interrupted_video_leaves_nothing(tmp_path, monkeypatch):
         def render(self):
             return np.zeros((32, 32, 3), dtype=np.uint8)
 
-    with pytest.raises(KeyboardInterrupt), recorder(Env(), tmp_path / "out.mp4") as record:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), recorder(Env(), tmp_path / "out.mp4") as record:
         record()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())

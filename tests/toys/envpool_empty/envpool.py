@@ -1,5 +1,0 @@
-"""Stands in front of an installed EnvPool: a build without any environment."""
-
-
-def list_all_envs():
-    return []
