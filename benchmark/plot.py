@@ -9,12 +9,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 COLOURS = ("#0b3c8c", "#d1495b", "#5c946e", "#edae49", "#6b6b6b")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1)))
@@ -60,7 +57,7 @@ def main(args: Args) -> None:
         cells = []
         for method, colour, dash in zip(methods, COLOURS, DASHES, strict=False):
             if not (runs := list(panel.get(method, {}).values())):
-                cells.append("–")
+                cells.append("-")
                 continue
             end = min(run["global_step"][-1] for run in runs)
             grid = np.linspace(0, end, 200)
