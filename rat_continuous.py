@@ -244,7 +244,7 @@ def rat_direction(
                 residual = residual - sum(g @ memory[b] for b in bias)
 
         root = (weights / weights.count_nonzero().clamp(min=1)).sqrt()  # S = Sigma^1/2, [B]
-        system = root[:, None] * kernel * root + damping * torch.eye(len(root)).to(root)
+        system = root[:, None] * kernel * root + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
         factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
         u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
         if info != 0 or not u.isfinite().all():
@@ -338,7 +338,7 @@ class Logger:
         kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
         self.csv = open(path, "a", buffering=1)  # noqa: SIM115
         self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
-        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -349,11 +349,11 @@ class Logger:
         print(*row.values(), sep=",", file=self.csv)
         for tag, value in metrics.items():
             self.events.add_scalar(tag, value, step)
-        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}, {row['sps']:.0f} steps/s"
+        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step - self.printed) * 20 >= self.total:
-            print(f"step {step} of {self.total}: {line}", file=sys.stderr)
+            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
             self.printed = step
 
 
@@ -369,7 +369,8 @@ def main(args: Args) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     torch.manual_seed(args.seed)
-    global_step, wall_seconds = saved.get("global_step", 0), saved.get("wall_seconds", 0.0)
+    batch_size = args.num_envs * args.num_steps
+    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
     learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
     envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
     collector = Collector(envs, obs)
@@ -387,7 +388,7 @@ def main(args: Args) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=args.resume)
         (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
-        logger = Logger(folder, global_step, args.total_timesteps)
+        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
     except OSError as error:
         fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
 
@@ -395,7 +396,7 @@ def main(args: Args) -> None:
         return {
             "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
             "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": wall_seconds, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
+            "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
         }  # fmt: skip
 
@@ -407,7 +408,6 @@ def main(args: Args) -> None:
             os.fsync(file.fileno())
         os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
 
-    batch_size, started = args.num_envs * args.num_steps, time.time() - wall_seconds
     save(state())
     while global_step + batch_size <= args.total_timesteps and not stop:
         last_good, phase = copy.deepcopy(state()), "rollout"

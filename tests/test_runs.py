@@ -85,7 +85,8 @@ def test_resume_after_three_kills(script, tmp_path):
         resume = ["--resume"]
     with open(folder / "progress.csv", "a") as file:
         file.write("999999,1.0,")  # a torn row, as a crash of the machine leaves it
-    train(script, *arguments, "--resume")
+    result = run(script, *arguments, "--resume")
+    assert result.returncode == 0, result.stderr
     expected = list(range(64, 64 * 250 + 1, 64))
     assert [int(row["global_step"]) for row in read_csv(folder)] == expected
     assert all(None not in row and None not in row.values() for row in read_csv(folder))
@@ -106,6 +107,7 @@ def test_resume_restores_everything_but_the_environments(script, tmp_path):
     train(script, *arguments, "--resume")
     after = torch.load(path, weights_only=True)
     assert after.pop("args") == before.pop("args") | {"resume": True}
+    assert after.pop("wall_seconds") > before.pop("wall_seconds") > 0
     assert len(before["episodes"]) > 0 and before["global_step"] == 640
 
     def same(a, b):
