@@ -36,7 +36,7 @@ class Args:
     num_envs: int = 32  # environments stepped side by side
     num_steps: int = 64  # steps of each environment in one rollout
     vectorization: Literal["sync", "async", "envpool"] = "sync"  # one process, one an environment, EnvPool's threads
-    kaczmarz: Literal["paper", "release", "off"] = "release"  # what a block remembers of those before: kaczmarz_step
+    kaczmarz: Literal["paper", "release", "off"] = "paper"  # what a block remembers of those before: kaczmarz_step
     jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or from all of H (any module)
     update_epochs: int = 4  # actor passes over the rollout
     num_minibatches: int = 4  # actor blocks in a pass, each of num_envs * num_steps / num_minibatches samples
