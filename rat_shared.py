@@ -100,11 +100,9 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail(f"--env-id {args.env_id} cannot be made: {error}")
     atexit.register(envs.close)  # whatever ends the program, asynchronous workers end with it
     obs_space, act_space = envs.single_observation_space, envs.single_action_space
-    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    box = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
-    if not flat or not (box or isinstance(act_space, gym.spaces.Discrete)):
-        needs = "a flat Box of observations, and Discrete actions or a flat bounded Box of them"
-        fail(f"--env-id {args.env_id} maps {obs_space} to {act_space}, {ALGORITHM} needs {needs}.")
+    obs_fits, box = (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs_space, act_space))
+    if not obs_fits or not (act_space.is_bounded() if box else isinstance(act_space, gym.spaces.Discrete)):
+        fail(f"--env-id {args.env_id} maps {obs_space} to {act_space}, not flat Boxes, actions bounded or Discrete.")
     return envs, (envs.reset() if args.vectorization == "envpool" else envs.reset(seed=seed))[0]
 
 
@@ -155,66 +153,52 @@ class PopArt(nn.Module):
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-def mlp(obs_dim: int, head: nn.Module, hidden: int) -> nn.Sequential:
-    """Two ReLU layers and a head, in PyTorch's default initialisation."""
-    return nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), head)
+class PolicyAndValue(NamedTuple):
+    """The policy, of a Box action before its tanh (whose Jacobian cancels), and the value [B] in PopArt's units."""
 
-
-class Output(NamedTuple):
-    """What ActorCritic makes of B observations."""
-
-    policy: Distribution  # of a Box action before its tanh, whose Jacobian cancels in ratios and scores, or Categorical
-    value: Tensor  # [B], in PopArt's units
+    policy: Distribution
+    value: Tensor
 
     def log_prob(self, drawn: Tensor) -> Tensor:
-        """Joint log-likelihood l [B] of drawn [B, act_dim + 1], actions and eps ~ N(0, 1): its score is (9).
+        """Joint log-likelihood [B] of drawn [B, act_dim + 1], action and eps; its score is grad log pi + 2 eps grad V.
 
-        The critic's part is a Gaussian of variance 1/2, drawn with variance 1, as in the authors' published code."""
+        The published code's choice, kept: the value is a Gaussian of variance 1/2, but drawn with variance 1."""
         actions = drawn[:, :-1].reshape(len(drawn), *self.policy.event_shape)
         return self.policy.log_prob(actions) - (self.value - (self.value + drawn[:, -1]).detach()).square()
 
 
-class ActorCritic(nn.Module):
-    """One trunk, a policy head (diagonal Gaussian or, where discrete, Categorical) and a value head: Output."""
-
-    def __init__(self, obs_dim: int, act_dim: int, discrete: bool = False, hidden: int = 256):
-        super().__init__()
-        self.trunk = mlp(obs_dim, nn.ReLU(), hidden)
-        self.policy, self.value = nn.Linear(hidden, act_dim), PopArt(hidden)
-        if not discrete:
-            self.log_std = nn.Linear(1, act_dim, bias=False)  # state-independent log sigma is a layer with the input 1
-            nn.init.zeros_(self.log_std.weight)
-        self.discrete = discrete
-
-    def forward(self, obs: Tensor) -> Output:
-        features = self.trunk(obs)  # [B, hidden]
-        if self.discrete:
-            return Output(Categorical(logits=self.policy(features), validate_args=False), self.value(features))
-        std = self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, act_dim]
-        policy = Independent(Normal(self.policy(features), std, validate_args=False), 1, validate_args=False)
-        return Output(policy, self.value(features))
-
-
 class Agent(nn.Module):
-    """All that it takes to play: observation statistics, actor and critic, actions as the environment takes them."""
+    """Observation statistics and one trunk with two heads: a diagonal Gaussian or a Categorical policy, a value."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space):
+    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space, hidden: int = 256):
         super().__init__()
-        obs_dim, self.discrete = observation_space.shape[0], isinstance(action_space, gym.spaces.Discrete)
-        act_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.normalizer, self.model = ObsNormalizer(obs_dim), ActorCritic(obs_dim, act_dim, self.discrete)
-        bounds = (action_space.start,) * 2 if self.discrete else (action_space.low, action_space.high)
-        for name, bound in zip(("low", "high"), bounds, strict=True):
-            self.register_buffer(name, torch.as_tensor(bound))
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        obs_dim, act_dim = observation_space.shape[0], int(action_space.n if self.discrete else action_space.shape[0])
+        self.normalizer, self.policy, self.value = ObsNormalizer(obs_dim), nn.Linear(hidden, act_dim), PopArt(hidden)
+        self.trunk = nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        if self.discrete:
+            self.start = int(action_space.start)
+            return
+        self.log_std = nn.Linear(1, act_dim, bias=False)  # state-independent log sigma is a layer with the input 1
+        nn.init.zeros_(self.log_std.weight)
+        self.register_buffer("low", torch.as_tensor(action_space.low, dtype=torch.float32))
+        self.register_buffer("high", torch.as_tensor(action_space.high, dtype=torch.float32))
+
+    def forward(self, obs: Tensor) -> PolicyAndValue:  # obs are normalised
+        features = self.trunk(obs)
+        mean, value = self.policy(features), self.value(features)
+        if self.discrete:
+            return PolicyAndValue(Categorical(logits=mean, validate_args=False), value)
+        std = self.log_std(obs.new_ones(*obs.shape[:-1], 1)).exp()  # [B, act_dim]
+        return PolicyAndValue(Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), value)
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
         """Raw obs [B, obs_dim] to the policy's sample (or mode) and the environment's action, [B, act_dim] or [B]."""
-        policy = self.model(self.normalizer(obs)).policy
+        policy = self(self.normalizer(obs)).policy
         action = policy.mode if deterministic else policy.sample()
-        if self.discrete:
-            return action, self.low + action
-        return action, self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+        box_action = None if self.discrete else self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+        return action, self.start + action if self.discrete else box_action
 
 
 # The algorithm's core: scores, direction, Kaczmarz
@@ -247,53 +231,59 @@ def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Te
     return [(obs.new_ones(len(obs), 1), rows[name].flatten(1), [p]) for name, p in actor.named_parameters()]
 
 
-def rat_direction(
-    actor: nn.Module, obs: Tensor, actions: Tensor, advantages: Tensor, weights: Tensor, damping: float,
-    previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape",
-) -> list[Tensor]:  # fmt: skip
-    """One block Kaczmarz step, the minimiser of |y - H g|^2_Sigma + damping |g - previous|^2: equation (3).
+def rat_targets(
+    model: nn.Module, obs: Tensor, actions: Tensor, epsilon: Tensor, advantages: Tensor, weights: Tensor,
+    damping: float, previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Transformed advantages of actor and critic, both [B]: (damping + H H^T Sigma)^-1 of y and of 1, zero where w is.
 
-    advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0), so that rows of weight
-    zero drop out; previous is g_{j-1}, without it the step starts from zero and is equation (1).
-    Returns g_j, an ascent direction, one tensor per actor.parameters() in that order. Raises FloatingPointError
+    H has the rows grad log pi(a_i|s_i) + 2 eps_i grad V(s_i) over all parameters; epsilon is eps [B], from N(0, 1).
+    advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0). With previous, one
+    tensor a parameter, the right-hand sides are y - H previous and 1 - H previous. Raises FloatingPointError
     where scores or advantages are not finite, TypeError for a layer that only jacobian="vmap" takes."""
-    scores = {"tape": tape_scores, "vmap": vmap_scores}[jacobian](actor, obs, actions)
-    memory = dict(zip(actor.parameters(), previous, strict=True)) if previous is not None else {}
+    drawn = torch.cat([actions.view(len(obs), -1), epsilon[:, None]], 1)  # [B, act_dim + 1]
+    scores = {"tape": tape_scores, "vmap": vmap_scores}[jacobian](model, obs, drawn)
+    memory = dict(zip(model.parameters(), previous, strict=True)) if previous is not None else {}
     with torch.no_grad():
-        kernel, residual = 0.0, advantages
+        kernel, sides = 0.0, torch.stack([advantages, torch.ones_like(advantages)], 1)  # [B, 2]
         for x, g, (weight, *bias) in scores:
             kernel = kernel + (g @ g.T) * (x @ x.T + len(bias))  # H H^T, [B, B], (5)
-            if memory:  # y - H g_{j-1}, [B], (6)
-                residual = residual - ((g @ memory[weight].view(g.shape[1], x.shape[1])) * x).sum(1)
-                residual = residual - sum(g @ memory[b] for b in bias)
+            if memory:  # both minus H previous, [B, 2], (6)
+                sides = sides - ((g @ memory[weight].view(g.shape[1], x.shape[1])) * x).sum(1, keepdim=True)
+                sides = sides - sum((g @ memory[b])[:, None] for b in bias)
 
-        root = (weights / weights.count_nonzero().clamp(min=1)).sqrt()  # S = Sigma^1/2, [B]
-        system = root[:, None] * kernel * root + damping * torch.eye(len(root)).to(root)
+        root = (weights / weights.count_nonzero().clamp(min=1)).sqrt()[:, None]  # S = Sigma^1/2, [B, 1]
+        system = root * kernel * root.T + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
         factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
-        u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
-        if info != 0 or not u.isfinite().all():
+        solution = torch.cholesky_solve(root * sides, factor)  # S times the targets, [B, 2], (2)
+        if info != 0 or not solution.isfinite().all():
             raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
-        direction = {}
-        for x, g, (weight, *bias) in scores:  # H^T u, (7)
-            direction[weight] = ((u[:, None] * g).T @ x).view_as(weight)
-            direction |= dict.fromkeys(bias, u @ g)
-        return [direction[p] + memory[p] if memory else direction[p] for p in actor.parameters()]
+        return tuple((solution / root).where(root > 0, 0).T)
 
 
-def kaczmarz_step(args: Args, actor: nn.Module, batch: tuple, memory: list | None) -> tuple[list, Tensor, list | None]:
-    """Direction to apply for the block (obs, actions, y, w), its l2 norm before the clip, memory for the next block.
+def joint_step(args: Args, agent: nn.Module, batch: tuple, memory: list | None) -> tuple:
+    """Direction to apply for the block (obs, actions, eps, R, log pi_old, y, share), its l2 norm before the clip,
+    memory for the next block, mean (V - R)^2. With A, C of rat_targets and means over valid samples it is -grad L,
+        L = -mean(ratio A) - ent_coef entropy + vf_coef mean((V - R)^2 C),    (8)
+    which is not exactly H^T Sigma A: where H holds the sampled eps, L holds the real error V - R.
 
-    paper:   g_j of (3), clipped only when applied; remembers g_j within a rollout.
-    release: d_j = clip(increment for y + H d_{j-1}); remembers d_j across rollouts. The published code's rule: against
-             (3), the sign of H d is flipped and increments do not accumulate.
-    off:     the increment for y, equation (1) on every block; remembers nothing."""
+    paper:   A, C of y - H g_{j-1}, 1 - H g_{j-1}; g_j = g_{j-1} - grad L stays within a rollout, clipped when applied.
+    release: A, C of y + H d_{j-1}, 1 + H d_{j-1}; d_j = clip(-grad L) stays across rollouts.
+    off:     A, C of y, 1; nothing stays."""
+    obs, actions, epsilon, returns, old_log_prob, y, share = batch  # share [B]: x @ share is the mean of valid x [B]
+    policy, value = agent(obs)
+    ratio = (policy.log_prob(actions) - old_log_prob).clamp(math.log(0.1), math.log(10)).exp()
     previous = [-d for d in memory] if memory and args.kaczmarz == "release" else memory
-    direction = rat_direction(actor, *batch, args.damping, previous, args.jacobian)
-    if memory and args.kaczmarz == "release":
-        direction = [g + d for g, d in zip(direction, memory, strict=True)]
+    weights = ratio.detach() * (share > 0)
+    a, c = rat_targets(agent, obs, actions, epsilon, y, weights, args.damping, previous, args.jacobian)
+    error = (value - returns).square()
+    loss = (args.vf_coef * error * c - ratio * a - args.ent_coef * policy.entropy()) @ share  # (8)
+    direction = [-g for g in torch.autograd.grad(loss, list(agent.parameters()))]
+    if memory and args.kaczmarz == "paper":
+        direction = [g + d for g, d in zip(memory, direction, strict=True)]
     norm = nn.utils.get_total_norm(direction)
     applied = [g * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1) for g in direction]  # (4)
-    return applied, norm, {"paper": direction, "release": applied, "off": None}[args.kaczmarz]
+    return applied, norm, {"paper": direction, "release": applied, "off": None}[args.kaczmarz], error.detach() @ share
 
 
 # Rollout and generalised advantage estimation
@@ -362,7 +352,7 @@ class Logger:
         kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
         self.csv = open(path, "a", buffering=1)  # noqa: SIM115
         self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
-        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -373,18 +363,18 @@ class Logger:
         print(*row.values(), sep=",", file=self.csv)
         for tag, value in metrics.items():
             self.events.add_scalar(tag, value, step)
-        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}, {row['sps']:.0f} steps/s"
+        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step - self.printed) * 20 >= self.total:
-            print(f"step {step} of {self.total}: {line}", file=sys.stderr)
+            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
             self.printed = step
 
 
 # Training
 def main(args: Args) -> None:
     """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
-    check_args(args)
+    check_args(replace(args, ent_coef=args.ent_coef or 1.0))  # which may be 0, the other coefficients may not
     args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -393,16 +383,15 @@ def main(args: Args) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     torch.manual_seed(args.seed)
-    global_step, wall_seconds = saved.get("global_step", 0), saved.get("wall_seconds", 0.0)
+    batch_size = args.num_envs * args.num_steps
+    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
     learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
     envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
     collector = Collector(envs, obs)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
-    actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
+    popart = agent.value
     if saved:
         agent.load_state_dict(saved["agent"])
-        optimizer.load_state_dict(saved["optimizer"])
         collector.finished.extend(saved["episodes"])
         memory = memory and [d.to(device) for d in memory]
         torch.set_rng_state(saved["rng"])
@@ -411,15 +400,15 @@ def main(args: Args) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=args.resume)
         (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
-        logger = Logger(folder, global_step, args.total_timesteps)
+        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
     except OSError as error:
         fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
 
     def state() -> dict:
         return {
             "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
-            "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": wall_seconds, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
+            "learning_rate": learning_rate, "global_step": global_step, "wall_seconds": time.time() - started,
+            "episodes": list(collector.finished), "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
         }  # fmt: skip
 
@@ -431,7 +420,6 @@ def main(args: Args) -> None:
             os.fsync(file.fileno())
         os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
 
-    batch_size, started = args.num_envs * args.num_steps, time.time() - wall_seconds
     save(state())
     while global_step + batch_size <= args.total_timesteps and not stop:
         last_good, phase = copy.deepcopy(state()), "rollout"
@@ -439,58 +427,45 @@ def main(args: Args) -> None:
             global_step += batch_size
             obs, actions, rewards, terminated, done, valid = collector.collect(agent, args.num_steps, device)
             with torch.no_grad():
-                values = critic(agent.normalizer(obs)) * popart.std + popart.mean  # [T + 1, N]
+                values = agent(agent.normalizer(obs)).value * popart.std + popart.mean  # [T + 1, N]
                 advantages = gae(rewards, values, terminated, done, args.gamma, args.gae_lambda)  # [T, N]
-                returns, valid = (advantages + values[:-1]).flatten(), valid.flatten()  # flat from here on
+                returns, valid, used = (advantages + values[:-1]).flatten(), valid.flatten(), valid.flatten() > 0
                 obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
-                popart.update(returns[valid > 0])
+                popart.update(returns[used])
                 returns = ((returns - popart.mean) / popart.std).float()
-                agent.normalizer.update(obs[valid > 0])
+                agent.normalizer.update(obs[used])
                 obs = agent.normalizer(obs)
-                old_actor = copy.deepcopy(actor)
-                old_log_prob = old_actor(obs).log_prob(actions)
-            memory, norms = None if args.kaczmarz == "paper" else memory, []
+                old_agent = copy.deepcopy(agent)
+                old_log_prob = old_agent(obs).policy.log_prob(actions)
+            memory, logged = None if args.kaczmarz == "paper" else memory, []
             for _ in range(args.update_epochs):
+                epsilon = torch.randn_like(advantages)  # a sample is in one block of a pass
+                data = (obs, actions, epsilon, returns, old_log_prob)
                 for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-                    phase = f"actor update {len(norms) + 1}"
-                    share = valid[block] / valid[block].sum().clamp(
-                        min=1
-                    )  # x @ share is the mean of x [B] over valid samples
-                    with torch.no_grad():
-                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old_log_prob[block]  # [B]
-                        y = advantages[block] - advantages[block] @ share
-                        rms = (y.square() @ share).sqrt() + 1e-8
-                        batch = (obs[block], actions[block], y / rms, log_ratio.exp().clamp(0.1, 10) * valid[block])
-                        applied, norm, memory = kaczmarz_step(args, actor, batch, memory)
-                        torch._foreach_add_(list(actor.parameters()), applied, alpha=learning_rate)  # (4)
-                    norms.append(norm)
+                    phase = f"update {len(logged) + 1}"
+                    share = valid[block] / valid[block].sum().clamp(min=1)  # 1 / n for n valid samples
+                    y = advantages[block] - advantages[block] @ share
+                    rms = (y.square() @ share).sqrt() + 1e-8
+                    batch = (*(x[block] for x in data), y / rms, share)
+                    applied, norm, memory, value_loss = joint_step(args, agent, batch, memory)
+                    torch._foreach_add_([p.data for p in agent.parameters()], applied, alpha=learning_rate)  # (4)
+                    logged.append(torch.stack([norm, value_loss]))
             with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
-                policy = actor(obs[block])
-                scores = {"tape": tape_scores, "vmap": vmap_scores}[args.jacobian](actor, obs[block], actions[block])
+                policy = agent(obs[block]).policy
+                log_ratio = policy.log_prob(actions[block]) - old_log_prob[block]
+                drawn = torch.cat([actions[block].view(len(block), -1), epsilon[block, None]], 1)
+                scores = {"tape": tape_scores, "vmap": vmap_scores}[args.jacobian](agent, obs[block], drawn)
                 trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)) @ share for x, g, p in scores)
-                metrics = {
-                    "rat/kl": kl_divergence(old_actor(obs[block]), policy) @ share,
-                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # sampled, before the last update
+                means = torch.stack(logged).mean(0)  # over all blocks
+                metrics = dict(zip(("rat/direction_norm", "losses/value_loss"), means, strict=True)) | {
+                    "rat/kl": kl_divergence(old_agent(obs[block]).policy, policy) @ share,
+                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # sampled
                     "losses/entropy": policy.entropy() @ share,
-                    "losses/explained_variance": 1
-                    - advantages[valid > 0].var() / returns[valid > 0].var() / popart.std**2,
-                    "rat/direction_norm": torch.stack(norms).mean(),
+                    "losses/explained_variance": 1 - advantages[used].var() / returns[used].var() / popart.std**2,
                     "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
-                    "rat/ratio_max": log_ratio[valid[block] > 0].max().exp(),
+                    "rat/ratio_max": log_ratio[used[block]].max().exp(),
                     "rat/advantage_rms": rms,
                 }
-
-            phase, losses = "critic updates", []
-            for _ in range(args.critic_epochs):
-                for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
-                    share = valid[block] / valid[block].sum().clamp(min=1)
-                    loss = (critic(obs[block]) - returns[block]).square() @ share
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
-                    optimizer.step()
-                    losses.append(loss.detach())
-            metrics["losses/value_loss"] = torch.stack(losses).mean()
             metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
             for tag in ("rat/kl", "losses/entropy", "rat/direction_norm", "losses/value_loss"):
                 if not math.isfinite(metrics[tag]):
@@ -505,7 +480,7 @@ def main(args: Args) -> None:
         metrics |= {"charts/learning_rate": learning_rate, "rat/damping": args.damping}
         metrics |= {"charts/SPS": global_step / wall_seconds, "charts/wall_seconds": wall_seconds}
         logger.write(global_step, metrics)
-        factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
+        factor = 1 / 1.5 if metrics["rat/kl"] > 0.02 else 1.5 if metrics["rat/kl"] < 0.005 else 1
         learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
         if global_step // batch_size % args.checkpoint_interval == 0:
             save(state())

@@ -14,13 +14,14 @@ from torch.func import functional_call, jacrev
 
 ROOT = Path(__file__).parents[1]
 TOYS = Path(__file__).parent / "toys"
-SCRIPTS = ["rat_continuous"]  # every training script that runs on InvertedPendulum-v5
+SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1"]  # all that train on InvertedPendulum-v5
+QUICK = {"npg_cg": ["--update-epochs", 1, "--cg-iterations", 2]}  # for a slow script, where a test says nothing else
 sys.path[:0] = [str(ROOT), str(TOYS)]
 torch.set_num_threads(1)
 
 
 def command(script, *arguments):
-    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, [*QUICK.get(script, []), *arguments])]
 
 
 def environment():
@@ -35,7 +36,7 @@ def run(script, *arguments):
 def train(script, *arguments):
     """The same without a new process: main(Args) of the script, from its command line."""
     module = importlib.import_module(script)
-    module.main(tyro.cli(module.Args, args=list(map(str, arguments))))
+    module.main(tyro.cli(module.Args, args=command(script, *arguments)[2:]))
 
 
 def read_csv(folder):
