@@ -1,6 +1,7 @@
 """Fisher-vector products, conjugate gradients, line search and rank-1 step against dense float64 formulas."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.func import functional_call, jacrev
 from torch.nn.functional import cosine_similarity
 
+import enjoy
 import npg_cg
 import npg_rank1
 import rat_continuous as rat
@@ -189,6 +191,15 @@ SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, 
 def rows(tmp_path, *options):
     train("npg_cg", *SMALL, "--output-dir", tmp_path, "--run-name", "x", *options)
     return [{name: float(value) for name, value in row.items()} for row in read_csv(tmp_path / "x")]
+
+
+def test_trpo_learns_inverted_pendulum(tmp_path, capsys):
+    """As test_runs.py's test of the same name, after 30k steps."""
+    train("npg_cg", *SMALL, "--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 64, "--cg-iterations", 15,
+          "--line-search", "--output-dir", tmp_path, "--run-name", "trpo")  # fmt: skip
+    capsys.readouterr()
+    enjoy.main(enjoy.Args(tmp_path / "trpo" / "checkpoint.pt", stochastic=True, json=True))
+    assert json.loads(capsys.readouterr().out)["return_mean"] >= 800
 
 
 def test_trpo_keeps_every_update_within_target_kl(tmp_path):
