@@ -30,7 +30,6 @@ SETTINGS = {  # the settings that no other test has
     "rat_shared": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
     "npg_cg": [["--line-search"], ["--clip", "none", "--cg-iterations", 1]],
     "npg_rank1": [["--score", "mean"]],
-    "sophia_ppo": [["--clip-vloss", "--anneal-lr", "--target-kl", 0.01], ["--optimizer", "diag", "--shared"]],
 }
 TAKES_DISCRETE = {"rat_shared"}
 
