@@ -429,9 +429,7 @@ def main(args: Args) -> None:
             for _ in range(args.update_epochs):
                 for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
                     phase = f"actor update {len(norms) + 1}"
-                    share = valid[block] / valid[block].sum().clamp(
-                        min=1
-                    )  # x @ share is the mean of x [B] over valid samples
+                    share = valid[block] / valid[block].sum().clamp(min=1)  # x @ share: mean of x [B] over valid ones
                     with torch.no_grad():
                         log_ratio = actor(obs[block]).log_prob(actions[block]) - old_log_prob[block]  # [B]
                         y = advantages[block] - advantages[block] @ share
@@ -442,14 +440,14 @@ def main(args: Args) -> None:
                     norms.append(norm)
             with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
                 policy = actor(obs[block])
+                explained = 1 - advantages[valid > 0].var() / returns[valid > 0].var() / popart.std**2
                 scores = {"tape": tape_scores, "vmap": vmap_scores}[args.jacobian](actor, obs[block], actions[block])
                 trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)) @ share for x, g, p in scores)
                 metrics = {
                     "rat/kl": kl_divergence(old_actor(obs[block]), policy) @ share,
                     "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # sampled, before the last update
                     "losses/entropy": policy.entropy() @ share,
-                    "losses/explained_variance": 1
-                    - advantages[valid > 0].var() / returns[valid > 0].var() / popart.std**2,
+                    "losses/explained_variance": explained,
                     "rat/direction_norm": torch.stack(norms).mean(),
                     "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
                     "rat/ratio_max": log_ratio[valid[block] > 0].max().exp(),
