@@ -14,10 +14,14 @@ CORES = {
     "rat_shared": "rat_targets",
     "npg_cg": "natural_gradient",
     "npg_rank1": "rank1_direction",
+    "sophia_ppo": "Sophia",
 }
 # Names whose source is a script's own: everywhere, or in one script for the reason given.
 OWN = {"Args", "main", "ALGORITHM"}
-DIFFERS = {"rat_shared": {"make_envs": "takes Discrete actions too", "Agent": "actor and critic share a trunk"}}
+DIFFERS = {
+    "rat_shared": {"make_envs": "takes Discrete actions too", "Agent": "actor and critic share a trunk"},
+    "sophia_ppo": {"Agent": "actor and critic may share a trunk"},
+}
 
 
 def definitions(script):

@@ -24,12 +24,17 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
+    "sophia_ppo": ["--update-epochs", 10, "--num-minibatches", 8],
 }
 SETTINGS = {  # the settings that no other test has
     "rat_continuous": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
     "rat_shared": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
     "npg_cg": [["--line-search"], ["--clip", "none", "--cg-iterations", 1]],
     "npg_rank1": [["--score", "mean"]],
+    "sophia_ppo": [
+        ["--shared", "--clip-vloss", "--anneal-lr", "--target-kl", 0.01],
+        ["--optimizer", "diag", "--shared"],
+    ],
 }
 TAKES_DISCRETE = {"rat_shared"}
 
