@@ -1,4 +1,4 @@
-"""Milliseconds and peak extra memory of one update, methods interleaved in one run.
+"""Milliseconds and peak extra memory of one update of every method, interleaved in one run.
 
 Run: python benchmark/update_speed.py            (--quick: few repeats, small blocks; --device cuda: on a GPU)
 """
@@ -14,14 +14,21 @@ from pathlib import Path
 import gymnasium as gym
 import torch
 import tyro
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import npg_cg
+import npg_rank1
 import rat_continuous
 import rat_shared
+import sophia_ppo
 
 SIZES = {"HalfCheetah": (17, 6), "Ant": (105, 8), "Humanoid": (376, 17)}  # observation and action dimensions
-METHODS = ("rat_continuous, tape", "rat_continuous, vmap", "rat_shared, tape", "rat_shared, vmap")
-PAPER = {"rat_continuous": (9.83, 10.04, 18.17), "rat_shared": (11.53, 11.66, 19.85)}  # ms on a GPU it does not name
+PAPER = {  # milliseconds that the paper reports, on a GPU it does not name
+    "RAT": (9.83, 10.04, 18.17), "RAT shared": (11.53, 11.66, 19.85), "FVP + CG": (19.86, 19.95, 19.81),
+    "ACKTR": (5.60, 5.61, 6.57), "ACKTR shared": (6.92, 6.85, 7.87), "PPO": (3.12, 3.18, 3.22),
+    "PPO shared": (3.70, 3.70, 3.72), "Sophia": (3.92, 3.98, 5.71), "Sophia shared": (5.97, 6.03, 7.58),
+}  # fmt: skip
 
 
 @dataclass
@@ -32,35 +39,108 @@ class Args:
     quick: bool = False  # 3 repeats of blocks of 64: to see that it runs
 
 
-def make_update(method: str, size: str, samples: int, device: str) -> Callable[[], None]:
-    """Function that performs one update of fresh 256-256 networks, with the memory of a block before.
+class Block:
+    """Random data of one update: obs [B, obs_dim], actions [B, act_dim]; y, returns, eps, ones and share = 1/B, [B]."""
 
-    rat_continuous updates the actor (its critic has an optimizer of its own), rat_shared actor and critic."""
-    torch.manual_seed(0)
-    obs_dim, act_dim = SIZES[size]
-    script, jacobian = method.split(", ")
-    obs, actions = torch.randn(samples, obs_dim, device=device), torch.randn(samples, act_dim, device=device)
-    y, ones = torch.randn(samples, device=device), torch.ones(samples, device=device)
-    if script == "rat_continuous":
-        model = rat_continuous.Actor(obs_dim, act_dim).to(device)
-        step, args = rat_continuous.kaczmarz_step, rat_continuous.Args(jacobian=jacobian)
-        batch = (obs, actions, y, ones)
-    else:
-        spaces = gym.spaces.Box(-1, 1, (obs_dim,)), gym.spaces.Box(-1, 1, (act_dim,))
-        model = rat_shared.Agent(*spaces).to(device)
-        step, args = rat_shared.joint_step, rat_shared.Args(jacobian=jacobian)
-        old_log_prob = model(obs)[0].log_prob(actions).detach()
-        batch = (obs, actions, torch.randn_like(y), torch.randn_like(y), old_log_prob, y, ones / samples)
-    memory = [torch.zeros_like(p) for p in model.parameters()]
+    def __init__(self, size: str, samples: int, device: str):
+        torch.manual_seed(0)
+        self.obs_dim, self.act_dim = SIZES[size]
+        self.device, spaces = device, (gym.spaces.Box(-1, 1, (dim,)) for dim in SIZES[size])
+        self.observation_space, self.action_space = spaces
+        self.obs, self.actions = (torch.randn(samples, dim, device=device) for dim in SIZES[size])
+        self.y, self.returns, self.epsilon = torch.randn(3, samples, device=device)
+        self.ones = torch.ones_like(self.y)
+        self.share = self.ones / samples
+
+
+# One function a script: (Block, option) to a function that performs one update of fresh 256-256 networks. A shared
+# network updates actor and critic, any other the actor: its critic has an Adam of its own.
+def rat(block: Block, jacobian: str) -> Callable[[], None]:
+    actor = rat_continuous.Actor(block.obs_dim, block.act_dim).to(block.device)
+    args, memory = rat_continuous.Args(jacobian=jacobian), [torch.zeros_like(p) for p in actor.parameters()]
+    batch = block.obs, block.actions, block.y, block.ones
+    return lambda: move(actor, rat_continuous.kaczmarz_step(args, actor, batch, memory)[0])
+
+
+def rat_joint(block: Block, jacobian: str) -> Callable[[], None]:
+    agent = rat_shared.Agent(block.observation_space, block.action_space).to(block.device)
+    args, memory = rat_shared.Args(jacobian=jacobian), [torch.zeros_like(p) for p in agent.parameters()]
+    old_log_prob = agent(block.obs).policy.log_prob(block.actions).detach()
+    batch = block.obs, block.actions, block.epsilon, block.returns, old_log_prob, block.y, block.share
+    return lambda: move(agent, rat_shared.joint_step(args, agent, batch, memory)[0])
+
+
+def conjugate_gradients(block: Block, iterations: int) -> Callable[[], None]:
+    actor = npg_cg.Actor(block.obs_dim, block.act_dim).to(block.device)
+    parameters = list(actor.parameters())
 
     def update() -> None:
-        applied = step(args, model, batch, memory)[0]
-        with torch.no_grad():
-            torch._foreach_add_(list(model.parameters()), applied, alpha=1e-6)
+        log_prob = actor(block.obs).log_prob(block.actions)
+        g = npg_cg.flatten(torch.autograd.grad(log_prob @ (block.share * block.y), parameters))
+        d = npg_cg.natural_gradient(actor, block.obs, g, 0.1, iterations)
+        move(actor, npg_cg.unflatten(d, parameters))
+
+    return update
+
+
+def rank1(block: Block, _: None) -> Callable[[], None]:
+    actor = npg_rank1.Actor(block.obs_dim, block.act_dim).to(block.device)
+    parameters = list(actor.parameters())
+
+    def update() -> None:
+        log_prob = actor(block.obs).log_prob(block.actions)
+        u = npg_rank1.flatten(torch.autograd.grad(log_prob[0], parameters, retain_graph=True))
+        g = npg_rank1.flatten(torch.autograd.grad(log_prob @ (block.share * block.y), parameters))
+        move(actor, npg_rank1.unflatten(npg_rank1.rank1_direction(g, u, 0.1), parameters))
+
+    return update
+
+
+def first_order(block: Block, option: str) -> Callable[[], None]:
+    name, shared = option.split()[0], option.endswith("shared")
+    agent = sophia_ppo.Agent(block.observation_space, block.action_space, shared).to(block.device)
+    parameters = [p for name, p in agent.named_parameters() if shared or not name.startswith("critic")]
+    kind = {"adam": torch.optim.Adam, "sophia": sophia_ppo.Sophia, "diag": torch.optim.SGD}[name]
+    optimizer, args = kind(parameters, lr=1e-6), sophia_ppo.Args(optimizer=name, shared=shared)
+    policy, value = agent(block.obs)
+    old = policy.log_prob(block.actions).detach(), value.detach()
+    batch = block.obs, block.actions, *old, block.returns, block.y, block.share
+    return lambda: sophia_ppo.policy_step(args, agent, optimizer, batch)
+
+
+def move(model: torch.nn.Module, direction: list[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_add_(list(model.parameters()), direction, alpha=1e-6)
+
+
+METHODS = {  # function, option, updates timed together: what a method does not do in every update is averaged
+    "RAT": (rat, "tape", 1),
+    "RAT, `--jacobian vmap`": (rat, "vmap", 1),
+    "RAT shared": (rat_joint, "tape", 1),
+    "RAT shared, `--jacobian vmap`": (rat_joint, "vmap", 1),
+    "NPG, 10 CG iterations": (conjugate_gradients, 10, 1),
+    "rank-1": (rank1, None, 1),
+    "PPO": (first_order, "adam", 1),
+    "PPO shared": (first_order, "adam shared", 1),
+    "Sophia": (first_order, "sophia", 10),
+    "Sophia shared": (first_order, "sophia shared", 10),
+    "diag": (first_order, "diag", 1),
+    "diag shared": (first_order, "diag shared", 1),
+}
+
+
+def make_update(method: str, size: str, samples: int, device: str) -> Callable[[], None]:
+    """Function that performs a method's update once, or as often as it takes to see everything it does."""
+    function, option, times = METHODS[method]
+    update = function(Block(size, samples, device), option)
+
+    def timed() -> None:
+        for _ in range(times):
+            update()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return update
+    return timed
 
 
 def peak_memory(method: str, size: str, samples: int, device: str) -> float:
@@ -97,15 +177,15 @@ def main(args: Args) -> None:
             for method, update in updates.items():
                 start = time.perf_counter()
                 update()
-                times[method].append((time.perf_counter() - start) * 1e3)
+                times[method].append((time.perf_counter() - start) * 1e3 / METHODS[method][2])
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             peaks = pool.starmap(peak_memory, [(m, size, samples, args.device) for m in METHODS], chunksize=1)
         for method, peak in zip(METHODS, peaks, strict=True):
             cells[method].append(f"{statistics.median(times[method][2:]):.1f} ({peak:.0f})")
     for method, row in cells.items():
         print(f"| {method} | " + " | ".join(row) + " |")
-    for script, row in PAPER.items():
-        print(f"| the paper's RAT for {script} | " + " | ".join(map(str, row)) + " |")
+    for method, row in PAPER.items():
+        print(f"| {method}, in the paper | " + " | ".join(map(str, row)) + " |")
 
 
 if __name__ == "__main__":

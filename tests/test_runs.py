@@ -24,7 +24,7 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
-    "sophia_ppo": ["--update-epochs", 10, "--num-minibatches", 8],
+    "sophia_ppo": ["--num-steps", 32, "--update-epochs", 5, "--num-minibatches", 8, "--learning-rate", 1e-3],
 }
 SETTINGS = {  # the settings that no other test has
     "rat_continuous": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
