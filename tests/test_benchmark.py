@@ -194,7 +194,7 @@ def test_resumes_after_a_kill(tmp_path):
         while not (folder / "progress.csv").exists() or len(read_csv(folder)) < 3:
             assert time.time() < deadline and process.poll() is None, "the run did not start"
             time.sleep(0.05)
-        result = benchmark(**small, EXTRA=f"{extra} 100000000")
+        result = benchmark(**small, EXTRA=f"{extra} 64")
         assert (result.returncode, result.stdout.splitlines()[0]) == (0, f"busy: {folder.name} runs in another process")
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
