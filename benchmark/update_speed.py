@@ -1,6 +1,6 @@
 """Milliseconds and peak extra memory of one update of every method, interleaved in one run.
 
-Run: python benchmark/update_speed.py            (--quick: few repeats, small blocks; --device cuda: on a GPU)
+Run: python benchmark/update_speed.py            (--quick: one repeat, small blocks; --device cuda: on a GPU)
 """
 
 import statistics
@@ -36,7 +36,7 @@ class Args:
     samples: int = 1024  # block size B
     repeats: int = 11  # timed updates of each method and size, after two that are not counted
     device: str = "cpu"  # cpu or cuda
-    quick: bool = False  # 3 repeats of blocks of 64: to see that it runs
+    quick: bool = False  # one repeat with blocks of 64: to see that it runs
 
 
 class Block:
@@ -165,7 +165,7 @@ def peak_memory(method: str, size: str, samples: int, device: str) -> float:
 
 def main(args: Args) -> None:
     """Print a Markdown table of medians and peaks."""
-    samples, repeats = (64, 3) if args.quick else (args.samples, args.repeats)
+    samples, repeats = (64, 1) if args.quick else (args.samples, args.repeats)
     print(f"B = {samples}, {args.device}, {torch.get_num_threads()} threads, median of {repeats} interleaved updates\n")
     print("| one update: ms (peak extra MB) |" + "".join(f" {s} {d[0]}-256-256-{d[1]} |" for s, d in SIZES.items()))
     print("|---|" + "---|" * len(SIZES))
@@ -178,7 +178,8 @@ def main(args: Args) -> None:
                 start = time.perf_counter()
                 update()
                 times[method].append((time.perf_counter() - start) * 1e3 / METHODS[method][2])
-        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        # a process for each method, so that none finds memory that another has left; when quick one for all
+        with get_context("spawn").Pool(1, maxtasksperchild=None if args.quick else 1) as pool:
             peaks = pool.starmap(peak_memory, [(m, size, samples, args.device) for m in METHODS], chunksize=1)
         for method, peak in zip(METHODS, peaks, strict=True):
             cells[method].append(f"{statistics.median(times[method][2:]):.1f} ({peak:.0f})")
