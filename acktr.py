@@ -210,7 +210,7 @@ class KFAC(torch.optim.Optimizer):
             plain = type(m) is nn.Conv2d and (m.groups, m.padding_mode, type(m.padding)) == (1, "zeros", tuple)
             if not (plain or type(m) is nn.Linear) or len(set(owned)) < len(owned):
                 raise TypeError(f"KFAC takes Linear and Conv2d (one group, zero padding), none tied, not {name} {m}")
-            m.register_forward_hook(lambda m, x, z: self.calls.extend([(m, x[0].detach(), z)] * z.requires_grad))
+            m.register_forward_hook(lambda m, x, z: self.calls.extend([(m, *x, z)] * z.requires_grad))
         settings = {"lr": lr, "damping": damping, "kl_clip": kl_clip, "stat_decay": stat_decay, "ekfac": ekfac}
         settings |= {"inverse_interval": inverse_interval, "momentum": momentum, "steps": 0}
         super().__init__(model.parameters(), settings)
@@ -219,12 +219,15 @@ class KFAC(torch.optim.Optimizer):
     def update_statistics(self, log_likelihood: Tensor, share: Tensor) -> None:
         """Running averages of (9) and s from log_likelihood [B] of outputs drawn from the last pass's distribution,
         weighted by share [B], which sums to 1. Keeps the pass for the loss, puts nothing into .grad."""
-        (calls, self.calls), group = (self.calls, []), self.param_groups[0]
+        calls, self.calls = (
+            [c for c in self.calls if c[0] in self.layers],
+            [],
+        )  # a copy of the model calls the same hook
         for m, name in self.layers.items():  # _version: an in-place activation has overwritten the output
             if [z._version for module, _, z in calls if module is m] != [0]:
                 raise TypeError(f"KFAC takes layers called once, their outputs not overwritten, not {name} {m}")
-        outputs, weights = [z for *_, z in calls], share[:, None, None]
-        grads = torch.autograd.grad(log_likelihood, outputs, torch.ones_like(share), retain_graph=True)
+        group, weights = self.param_groups[0], share[:, None, None]
+        grads = torch.autograd.grad(log_likelihood, [z for *_, z in calls], torch.ones_like(share), retain_graph=True)
         for (m, x, _), g in zip(calls, grads, strict=True):
             if type(m) is nn.Conv2d:  # a linear layer at T positions
                 x, g = nn.functional.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride).mT, g.flatten(2).mT
@@ -473,7 +476,7 @@ def main(args: Args) -> None:
             for tag in ("kfac/kl", "losses/entropy", "kfac/clip", "losses/value_loss"):
                 if not math.isfinite(metrics[tag]):
                     raise FloatingPointError(f"{tag} is not finite")
-        except FloatingPointError as error:
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # eigh's, of statistics that are not finite
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
         low, group = 0.005 if args.shared else 0.004, kfac.param_groups[0]

@@ -24,12 +24,14 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
+    "acktr": ["--learning-rate", 0.001, "--num-minibatches", 4, "--update-epochs", 2, "--inverse-interval", 10],
 }
 SETTINGS = {  # the settings that no other test has
     "rat_continuous": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
     "rat_shared": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
     "npg_cg": [["--line-search"], ["--clip", "none", "--cg-iterations", 1]],
     "npg_rank1": [["--score", "mean"]],
+    "acktr": [["--shared", "--ekfac", "--inverse-interval", 3], ["--learning-rate", 0.1, "--kl-clip", 0.01]],
 }
 TAKES_DISCRETE = {"rat_shared"}
 
