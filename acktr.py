@@ -219,10 +219,7 @@ class KFAC(torch.optim.Optimizer):
     def update_statistics(self, log_likelihood: Tensor, share: Tensor) -> None:
         """Running averages of (9) and s from log_likelihood [B] of outputs drawn from the last pass's distribution,
         weighted by share [B], which sums to 1. Keeps the pass for the loss, puts nothing into .grad."""
-        calls, self.calls = (
-            [c for c in self.calls if c[0] in self.layers],
-            [],
-        )  # a copy of the model calls the same hook
+        calls, self.calls = [c for c in self.calls if c[0] in self.layers], []  # without those of a model's copy
         for m, name in self.layers.items():  # _version: an in-place activation has overwritten the output
             if [z._version for module, _, z in calls if module is m] != [0]:
                 raise TypeError(f"KFAC takes layers called once, their outputs not overwritten, not {name} {m}")
