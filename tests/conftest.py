@@ -14,10 +14,11 @@ from torch.func import functional_call, jacrev
 
 ROOT = Path(__file__).parents[1]
 TOYS = Path(__file__).parent / "toys"
-SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1", "sophia_ppo"]  # all that train on InvertedPendulum-v5
+SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1", "sophia_ppo", "acktr"]  # on InvertedPendulum-v5
 QUICK = {  # for a slow script, where a test says nothing else
     "npg_cg": ["--update-epochs", 1, "--cg-iterations", 2],
     "sophia_ppo": ["--update-epochs", 2, "--num-minibatches", 4],
+    "acktr": ["--update-epochs", 1, "--num-minibatches", 2, "--inverse-interval", 50],
 }
 sys.path[:0] = [str(ROOT), str(TOYS)]
 torch.set_num_threads(1)
