@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import acktr
 import npg_cg
 import npg_rank1
 import rat_continuous
@@ -108,6 +109,33 @@ def first_order(block: Block, option: str) -> Callable[[], None]:
     return lambda: sophia_ppo.policy_step(args, agent, optimizer, batch)
 
 
+def kronecker(block: Block, option: str) -> Callable[[], None]:
+    kind, part = option.split(", ")
+    actor = acktr.Agent(block.observation_space, block.action_space, "shared" in kind).to(block.device).actor
+    kfac = acktr.KFAC(actor, 1e-6, ekfac="ekfac" in kind)
+
+    def loss() -> tuple[Tensor, Tensor]:  # log-likelihood of what is drawn [B], the policy gradient's loss
+        policy, value = actor(block.obs)
+        drawn, loss = policy.log_prob(policy.sample()), -policy.log_prob(block.actions) @ (block.y * block.share)
+        if "shared" in kind:
+            drawn, loss = drawn + block.epsilon * value, loss + (value - block.returns).square() @ block.share / 2
+        return drawn, loss
+
+    def update() -> None:
+        drawn, policy_loss = loss()
+        kfac.update_statistics(drawn, block.share)
+        kfac.zero_grad()
+        policy_loss.backward()
+        kfac.step()
+
+    def statistics() -> None:
+        kfac.update_statistics(loss()[0], block.share)
+
+    update()
+    kfac.param_groups[0]["inverse_interval"] = 10 if part == "all" else 10**9  # then step() does not decompose
+    return {"all": update, "statistics": statistics, "eigendecomposition": kfac.eigendecompose, "step": kfac.step}[part]
+
+
 def move(model: torch.nn.Module, direction: list[Tensor]) -> None:
     with torch.no_grad():
         torch._foreach_add_(list(model.parameters()), direction, alpha=1e-6)
@@ -120,6 +148,13 @@ METHODS = {  # function, option, updates timed together: what a method does not 
     "RAT shared, `--jacobian vmap`": (rat_joint, "vmap", 1),
     "NPG, 10 CG iterations": (conjugate_gradients, 10, 1),
     "rank-1": (rank1, None, 1),
+    "ACKTR": (kronecker, "kfac, all", 10),
+    "— its forward pass and statistics": (kronecker, "kfac, statistics", 1),
+    "— its eigendecomposition, every 10th update": (kronecker, "kfac, eigendecomposition", 1),
+    "— its step without": (kronecker, "kfac, step", 1),
+    "ACKTR, `--ekfac`": (kronecker, "ekfac, all", 10),
+    "ACKTR shared": (kronecker, "kfac shared, all", 10),
+    "ACKTR shared, `--ekfac`": (kronecker, "ekfac shared, all", 10),
     "PPO": (first_order, "adam", 1),
     "PPO shared": (first_order, "adam shared", 1),
     "Sophia": (first_order, "sophia", 10),
