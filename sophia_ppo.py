@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 ALGORITHM = "sophia_ppo"
-DEFAULTS = {"adam": (3e-4, 10, 32), "sophia": (1e-4, 10, 32), "diag": (0.05, 4, 4)}  # of the three fields with None
+DEFAULTS = {"adam": (3e-4, 10, 16), "sophia": (1e-4, 10, 16), "diag": (0.05, 4, 4)}  # of the three fields with None
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Args:
     optimizer: Literal["adam", "sophia", "diag"] = "adam"  # of the policy; diag: gradient over Fisher's diagonal
     shared: bool = False  # one trunk and one step for actor and critic; the four critic_ fields have no effect
     learning_rate: float | None = None  # default: adam 3e-4, sophia 1e-4; diag 0.05, which the KL adapts below that
-    anneal_lr: bool = False  # adam, sophia: lower the step size linearly to zero over total_timesteps
+    anneal_lr: bool = True  # adam, sophia: lower the step size linearly to zero over total_timesteps
     update_epochs: int | None = None  # actor passes over the rollout; default 10, diag 4
-    num_minibatches: int | None = None  # actor blocks in a pass; default 32, diag 4
+    num_minibatches: int | None = None  # actor blocks in a pass; default 16, diag 4
     clip_coef: float = 0.2  # adam, sophia: the surrogate is flat where the ratio leaves 1 +- clip_coef
     clip_vloss: bool = False  # bound the change of values in the critic's loss in the same way, in PopArt's units
     target_kl: float | None = None  # no further pass over the rollout after one whose approximate KL was above
@@ -434,7 +434,7 @@ def main(args: Args) -> None:
                 obs = agent.normalizer(obs)
                 old_policy, old_value = agent(obs)
                 data, logged = (obs, actions, old_policy.log_prob(actions), old_value, returns), []
-            if args.anneal_lr:
+            if args.anneal_lr and args.optimizer != "diag":
                 group["lr"] = args.learning_rate * (1 - (global_step - batch_size) / args.total_timesteps)
             for _ in range(args.update_epochs):
                 for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):

@@ -33,7 +33,7 @@ SETTINGS = {  # the settings that no other test has
     "npg_cg": [["--line-search"], ["--clip", "none", "--cg-iterations", 1]],
     "npg_rank1": [["--score", "mean"]],
     "sophia_ppo": [
-        ["--shared", "--clip-vloss", "--anneal-lr", "--target-kl", 0.01],
+        ["--shared", "--clip-vloss", "--no-anneal-lr", "--target-kl", 0.01],
         ["--optimizer", "diag", "--shared"],
     ],
     "acktr": [["--shared", "--ekfac", "--inverse-interval", 3], ["--learning-rate", 0.1, "--kl-clip", 0.01]],

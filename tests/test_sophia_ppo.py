@@ -185,10 +185,12 @@ def test_annealing_and_target_kl(tmp_path, monkeypatch):
     passes, original = [], sophia_ppo.policy_step
     monkeypatch.setattr(sophia_ppo, "policy_step", lambda *a: passes.append(1) or original(*a))
     common = [*SMALL, "--total-timesteps", 320, "--output-dir", tmp_path]
-    train("sophia_ppo", *common, "--run-name", "anneal", "--anneal-lr", "--learning-rate", 0.01, "--update-epochs", 3)
+    train("sophia_ppo", *common, "--run-name", "anneal", "--learning-rate", 0.01, "--update-epochs", 3)
     rates = [float(row["learning_rate"]) for row in read_csv(tmp_path / "anneal")]
     np.testing.assert_allclose(rates, [0.01, 0.008, 0.006, 0.004, 0.002])
     assert len(passes) == 5 * 3 * 4
+    train("sophia_ppo", *common, "--run-name", "diag", "--optimizer", "diag", "--learning-rate", 1e-3)
+    assert {float(row["learning_rate"]) for row in read_csv(tmp_path / "diag")} <= {1e-3, 1e-3 / 1.5, 1e-3 / 1.5**2}
     passes.clear()
     train("sophia_ppo", *common, "--run-name", "target", "--target-kl", 1e-9, "--update-epochs", 3)
     assert len(passes) == 5 * 4  # one pass a rollout
