@@ -326,21 +326,31 @@ SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, 
 
 
 @pytest.mark.parametrize("options", [[], ["--shared"]])
-def test_reset_steps_enter_nothing(options, tmp_path, monkeypatch):
-    """Whatever the observations, actions and rewards of steps that only reset are: the networks come out the same."""
-    original, weights = acktr.Collector.collect, []
+def test_reset_steps_and_earlier_gradients_enter_nothing(options, tmp_path, monkeypatch):
+    """Whatever the observations, actions and rewards of steps that only reset are, and whatever an update leaves in
+    .grad: the networks come out the same."""
+    collect_, step_, weights, left_out = acktr.Collector.collect, acktr.KFAC.step, [], []
     for junk in (0, 3):
 
         def collect(self, *arguments, junk=junk):
-            obs, actions, rewards, terminated, done, valid = original(self, *arguments)
+            obs, actions, rewards, *flags, valid = collect_(self, *arguments)
+            left_out.append((valid == 0).sum())
             for x in (obs[:-1], actions, rewards):
                 x[valid == 0] += junk
-            return obs, actions, rewards, terminated, done, valid
+            return obs, actions, rewards, *flags, valid
+
+        def step(self, junk=junk):
+            factor = step_(self)
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.grad += junk
+            return factor
 
         monkeypatch.setattr(acktr.Collector, "collect", collect)
+        monkeypatch.setattr(acktr.KFAC, "step", step)
         train("acktr", *SMALL, "--total-timesteps", 384, *options, "--output-dir", tmp_path, "--run-name", junk)
         saved = torch.load(tmp_path / str(junk) / "checkpoint.pt", weights_only=True)
         weights.append({**saved["agent"], **{f"kfac {i}": s["omega"] for i, s in saved["kfac"]["state"].items()}})
+    assert sum(left_out) > 10
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
