@@ -24,7 +24,18 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
-    "acktr": ["--learning-rate", 0.001, "--num-minibatches", 4, "--update-epochs", 2, "--inverse-interval", 10],
+    "acktr": [
+        "--total-timesteps",
+        40_000,
+        "--update-epochs",
+        2,
+        "--num-minibatches",
+        4,
+        "--inverse-interval",
+        10,
+        "--damping",
+        0.01,
+    ],
 }
 SETTINGS = {  # the settings that no other test has
     "rat_continuous": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
