@@ -17,7 +17,7 @@ TOYS = Path(__file__).parent / "toys"
 SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1", "acktr"]  # all that train on InvertedPendulum-v5
 QUICK = {  # for a slow script, where a test says nothing else
     "npg_cg": ["--update-epochs", 1, "--cg-iterations", 2],
-    "acktr": ["--update-epochs", 1, "--num-minibatches", 2, "--inverse-interval", 50],
+    "acktr": ["--update-epochs", 1, "--num-minibatches", 1, "--inverse-interval", 50],
 }
 sys.path[:0] = [str(ROOT), str(TOYS)]
 torch.set_num_threads(1)
