@@ -18,7 +18,7 @@ SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1", "sophia_ppo", 
 QUICK = {  # for a slow script, where a test says nothing else
     "npg_cg": ["--update-epochs", 1, "--cg-iterations", 2],
     "sophia_ppo": ["--update-epochs", 2, "--num-minibatches", 4],
-    "acktr": ["--update-epochs", 1, "--num-minibatches", 2, "--inverse-interval", 50],
+    "acktr": ["--update-epochs", 1, "--num-minibatches", 1, "--inverse-interval", 50],
 }
 sys.path[:0] = [str(ROOT), str(TOYS)]
 torch.set_num_threads(1)

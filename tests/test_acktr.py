@@ -321,26 +321,35 @@ def test_passes_that_hide_statistics_are_refused_by_name(case):
         kfac.update_statistics(z.sum(1), torch.full((8,), 1 / 8))
 
 
-LEARNS = ["--num-minibatches", 4, "--update-epochs", 2, "--inverse-interval", 10]
 SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
 
 
 @pytest.mark.parametrize("options", [[], ["--shared"]])
-def test_reset_steps_enter_nothing(options, tmp_path, monkeypatch):
-    """Whatever the observations, actions and rewards of steps that only reset are: the networks come out the same."""
-    original, weights = acktr.Collector.collect, []
+def test_reset_steps_and_earlier_gradients_enter_nothing(options, tmp_path, monkeypatch):
+    """Whatever the observations, actions and rewards of steps that only reset are, and whatever an update leaves in
+    .grad: the networks come out the same."""
+    collect_, step_, weights, left_out = acktr.Collector.collect, acktr.KFAC.step, [], []
     for junk in (0, 3):
 
         def collect(self, *arguments, junk=junk):
-            obs, actions, rewards, terminated, done, valid = original(self, *arguments)
+            obs, actions, rewards, *flags, valid = collect_(self, *arguments)
+            left_out.append((valid == 0).sum())
             for x in (obs[:-1], actions, rewards):
                 x[valid == 0] += junk
-            return obs, actions, rewards, terminated, done, valid
+            return obs, actions, rewards, *flags, valid
+
+        def step(self, junk=junk):
+            factor = step_(self)
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.grad += junk
+            return factor
 
         monkeypatch.setattr(acktr.Collector, "collect", collect)
+        monkeypatch.setattr(acktr.KFAC, "step", step)
         train("acktr", *SMALL, "--total-timesteps", 384, *options, "--output-dir", tmp_path, "--run-name", junk)
         saved = torch.load(tmp_path / str(junk) / "checkpoint.pt", weights_only=True)
         weights.append({**saved["agent"], **{f"kfac {i}": s["omega"] for i, s in saved["kfac"]["state"].items()}})
+    assert sum(left_out) > 10
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -380,10 +389,11 @@ def test_stat_decay_of_one_is_refused(tmp_path, capsys):
     assert stopped.value.code == 2 and "--stat-decay 1.0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--ekfac", "--learning-rate", 0.001], ["--shared"], ["--shared", "--ekfac"]])
+@pytest.mark.parametrize("options", [["--ekfac"], ["--shared"], ["--shared", "--ekfac"]])
 def test_learns_inverted_pendulum(options, tmp_path, capsys):
     """As test_runs.py's test of the same name, which is the fourth of these."""
-    train("acktr", *SMALL, "--num-envs", 8, "--num-steps", 64, "--total-timesteps", 60_000, *LEARNS, *options,
+    train("acktr", *SMALL, "--num-envs", 8, "--num-steps", 64, "--total-timesteps", 40_000, "--update-epochs", 2,
+          "--num-minibatches", 4, "--inverse-interval", 10, "--learning-rate", 0.01, "--damping", 0.01, *options,
           "--output-dir", tmp_path, "--run-name", "learn")  # fmt: skip
     capsys.readouterr()
     enjoy.main(enjoy.Args(tmp_path / "learn" / "checkpoint.pt", stochastic=True, json=True))
