@@ -1,0 +1,631 @@
+"""RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591) from pixels: IMPALA networks, Procgen.
+
+Run: python rat_procgen.py --env-id starpilot    Equation numbers: README.md, "How it works".
+"""
+
+import atexit
+import copy
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, kl_divergence
+from torch.func import functional_call, grad, vmap
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGORITHM = "rat_procgen"
+
+
+@dataclass
+class Args:
+    env_id: str = "starpilot"  # one of Procgen's 16 games
+    total_timesteps: int = 25_000_000  # environment steps of the whole run, all environments together
+    num_envs: int = 64  # environments stepped side by side
+    num_steps: int = 256  # steps of each environment in one rollout
+    distribution_mode: Literal["easy", "hard"] = "easy"  # the two difficulties that every game has
+    num_levels: int = 200  # training levels, 0: all there are
+    start_level: int = 0  # first training level
+    eval_levels: int = 1000  # unseen levels, those after the training levels, for the evaluation; 0: none
+    eval_interval: int = 25  # iterations between evaluations, each one episode in num_envs environments
+    channels: tuple[int, int, int] = (16, 32, 32)  # of the three convolutional stages, actor and critic
+    hidden: int = 256  # units of the layer after them
+    kaczmarz: Literal["paper", "release", "off"] = "paper"  # what a block remembers of those before: kaczmarz_step
+    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or from all of H (any module)
+    kernel_memory: int = 512  # MiB that the tape may take for a block
+    update_epochs: int = 4  # actor passes over the rollout
+    num_minibatches: int = 16  # actor blocks in a pass, each of num_envs * num_steps / num_minibatches samples
+    damping: float = 0.1  # lambda of equation (1), > 0
+    learning_rate: float = 0.05  # first and largest actor step size; the KL adapts it below that
+    max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu of equation (4)
+    critic_epochs: int = 3  # critic passes over the rollout
+    critic_minibatches: int = 16  # critic minibatches in a pass
+    critic_learning_rate: float = 5e-4  # Adam step size of the critic, CleanRL's for this network
+    critic_max_grad_norm: float = 5.0  # l2 bound on the critic's gradient
+    gamma: float = 0.999  # discount, in (0, 1]
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
+    seed: int = 1  # of networks, sampling and environments
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    run_name: str = ""  # folder below output_dir; default {env_id}__rat_procgen__{seed}__{unix time}
+    output_dir: str = "runs"  # where run folders go
+    checkpoint_interval: int = 50  # iterations between checkpoints; also at the end and on SIGINT or SIGTERM
+    resume: bool = False  # continue run_name from its checkpoint
+
+
+# Arguments and environments
+def fail(sentence: str, code: int = 2) -> NoReturn:
+    """End the program with one sentence on stderr. Exit code 2: bad input; 1: the run broke down."""
+    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that cannot work."""
+    batch_size = args.num_envs * args.num_steps
+    for name, value in vars(args).items():
+        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" else 1
+        if type(value) is int and not least <= value < 2**31:
+            fail(f"{flag} must lie in [{least}, 2**31).")
+        if type(value) is float and not 0 < value < math.inf:
+            fail(f"{flag} must be positive and finite.")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            fail(f"{flag} must lie in (0, 1].")
+        if name.endswith("minibatches") and batch_size % value:
+            fail(f"{flag} does not divide num_envs * num_steps = {batch_size}.")
+    if args.total_timesteps < batch_size:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
+
+
+class Procgen:
+    """Procgen games [N] as a vector environment that resets within the step: what comes with `terminated` is the next
+    episode's first observation. A timeout counts as a termination, Procgen does not tell them apart."""
+
+    single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    single_action_space = gym.spaces.Discrete(15)
+
+    def __init__(self, env):
+        self.env, self.close = env, env.close
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """Actions [N] to obs [N, 64, 64, 3] uint8, reward, terminated, truncated (never) [N], info."""
+        self.env.act(actions)
+        reward, obs, first = self.env.observe()
+        return obs["rgb"], reward, first, np.zeros_like(first), {}
+
+
+def check_sizes(args: Args) -> None:
+    """Refuse networks without channels and levels that Procgen does not have."""
+    if min(args.channels) < 1:
+        fail(f"--channels {' '.join(map(str, args.channels))} must be at least 1.")
+    if args.start_level + args.num_levels + args.eval_levels >= 2**31:
+        fail(
+            f"--start-level {args.start_level} + --num-levels {args.num_levels} + --eval-levels {args.eval_levels} must be less than 2**31."
+        )
+    if args.eval_levels and not args.num_levels:
+        fail(f"--eval-levels {args.eval_levels} finds no unseen level with --num-levels 0, take --eval-levels 0.")
+
+
+def make_envs(args: Args, seed: int, render_mode: str | None = None) -> tuple[Procgen, np.ndarray]:
+    """Vector environment and first observations [N, 64, 64, 3]."""
+    try:
+        with redirect_stderr(io.StringIO()):  # the notice that gym, which it imports, is unmaintained
+            from procgen import ProcgenGym3Env
+            from procgen.env import ENV_NAMES
+    except ImportError as error:
+        fail(f"Procgen cannot be imported ({error}): use Python 3.11 or 3.12 and pip install -r requirements.txt.")
+    if args.env_id not in ENV_NAMES:
+        fail(f"--env-id {args.env_id} is no Procgen game, take one of {', '.join(ENV_NAMES)}.")
+    env = ProcgenGym3Env(
+        args.num_envs, args.env_id, distribution_mode=args.distribution_mode, num_levels=args.num_levels,
+        start_level=args.start_level, rand_seed=seed % 2**31, num_threads=min(4, torch.get_num_threads()),
+        render_mode=render_mode,
+    )  # fmt: skip
+    atexit.register(env.close)
+    return Procgen(env), env.observe()[1]["rgb"]
+
+
+# Networks
+class RewardNormalizer(nn.Module):
+    """Divides rewards by the deviation of their running discounted return, clipped to +-10; updated once a rollout."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("var", torch.ones((), dtype=torch.float64))
+        self.register_buffer("count", torch.full((), 1e-4, dtype=torch.float64))
+        self.running = 0.0  # discounted return so far [N]; starts anew with the episodes of a resumed run
+
+    def forward(self, rewards: Tensor, done: Tensor, gamma: float) -> Tensor:
+        """Merge the moments of a rollout's discounted returns (Chan et al. 1979); rewards, done, result [T, N]."""
+        returns = torch.empty_like(rewards, dtype=torch.float64)
+        for t in range(len(rewards)):
+            returns[t] = self.running = gamma * self.running + rewards[t]
+            self.running = self.running * (1 - done[t])
+        delta, share = returns.mean() - self.mean, returns.numel() / (self.count + returns.numel())
+        self.var.lerp_(returns.var(correction=0), share).add_(delta.square() * share * (1 - share))
+        self.mean.add_(delta * share)
+        self.count.add_(returns.numel())
+        return (rewards / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
+
+
+class PopArt(nn.Module):
+    """Linear value head over returns normalised by their running moments (van Hasselt et al. 2016): [B, d] to [B]."""
+
+    def __init__(self, in_features: int, beta: float = 0.99999):
+        super().__init__()
+        self.linear, self.beta = nn.Linear(in_features, 1), beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # running averages of 1, R, R^2
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("std", torch.ones((), dtype=torch.float64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features).squeeze(-1)
+
+    @torch.no_grad()
+    def update(self, returns: Tensor) -> None:
+        """Move the statistics towards returns [N] and rescale the head so that mean + std * output stays the same."""
+        old_mean, old_std, returns = self.mean.clone(), self.std.clone(), returns.double()
+        now = torch.stack([torch.ones_like(old_mean), returns.mean(), returns.square().mean()])
+        weight, first, second = self.moments.lerp_(now, 1 - self.beta)
+        self.mean.copy_(first / weight)  # over the weight so far: debiased
+        self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
+        self.linear.weight.mul_(old_std / self.std)
+        self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
+
+
+class Pixels(nn.Module):
+    """uint8 images [B, height, width, 3] to [B, 3, height, width] in [0, 1]; channels stay last in memory."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return obs.permute(0, 3, 1, 2) / 255
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x)))), [B, channels, height, width]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x.relu()).relu())
+
+
+def impala(shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module) -> nn.Sequential:
+    """Three stages that halve the image, a hidden layer and a head (Espeholt et al. 2018); no activation in place."""
+    layers, (height, width, planes) = [Pixels()], shape
+    for c in channels:
+        layers += [
+            nn.Conv2d(planes, c, 3, padding=1),
+            nn.MaxPool2d(3, 2, padding=1),
+            ResidualBlock(c),
+            ResidualBlock(c),
+        ]
+        planes, height, width = c, (height + 1) // 2, (width + 1) // 2
+    layers += [nn.ReLU(), nn.Flatten(), nn.Linear(planes * height * width, hidden), nn.ReLU(), head]
+    return nn.Sequential(*layers)
+
+
+class Actor(nn.Module):
+    """Categorical policy on uint8 images [B, height, width, 3]; log_prob(a) is [B]."""
+
+    def __init__(self, shape: tuple, actions: int, channels: tuple[int, ...] = (16, 32, 32), hidden: int = 256):
+        super().__init__()
+        self.logits = impala(shape, channels, hidden, nn.Linear(hidden, actions))
+
+    def forward(self, obs: Tensor) -> Distribution:
+        return Categorical(logits=self.logits(obs), validate_args=False)
+
+
+class Agent(nn.Module):
+    """All that it takes to play and to go on: actor, critic (in PopArt's units), deviation of the returns."""
+
+    def __init__(
+        self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete,
+        channels: tuple[int, ...] = (16, 32, 32), hidden: int = 256,
+    ):  # fmt: skip
+        super().__init__()
+        shape, self.normalizer = observation_space.shape, RewardNormalizer()
+        self.actor = Actor(shape, int(action_space.n), channels, hidden)
+        self.critic = impala(shape, channels, hidden, PopArt(hidden))
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        """Obs [B, height, width, 3] to the policy's sample (or mode) and the environment's action, the same [B]."""
+        policy = self.actor(obs)
+        action = policy.mode if deterministic else policy.sample()
+        return action, action
+
+
+# The algorithm's core: scores, direction, Kaczmarz
+def chunk_size(actor: nn.Module, obs: Tensor, memory: int) -> int:
+    """Samples to differentiate at once so that the scores of all obs [B, ...] and a chunk's tape fit in memory MiB.
+
+    Raises ValueError where the scores alone do not."""
+    held, taped, layers = 0, 0, [m for m in actor.modules() if m._parameters]
+
+    def count(m: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal held, taped  # floats a sample
+        x, g = inputs[0].numel(), output.numel()
+        held += sum(p.numel() for p in m.parameters()) if type(m) is nn.Conv2d else x + g
+        taped += x + 3 * g  # values, gradients, what pooling and patches take on top
+
+    hooks = [m.register_forward_hook(count) for m in layers]
+    with torch.no_grad():
+        actor(obs[:1])
+    for hook in hooks:
+        hook.remove()
+    floats = memory * 2**20 // next(actor.parameters()).element_size()
+    if (size := (floats - len(obs) * held) // taped) < 1:
+        need = -(-(len(obs) * held + taped) * memory // floats)
+        raise ValueError(f"--kernel-memory {memory} is too little for blocks of {len(obs)} samples, they take {need}")
+    return size
+
+
+def patch_sums(m: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
+    """P_i = sum_t g_it x_it^T of (9), [B, c_out * c_in * kernel], from input x and output gradients g [B, c, h, w]:
+    one offset in the kernel after the other, so that the patches never lie side by side in memory."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = m.kernel_size, m.stride, m.padding, m.dilation
+    (h, w), g = g.shape[2:], g.flatten(2)  # [B, c_out, T]
+    x = nn.functional.pad(x, (pw, pw, ph, ph)).permute(0, 2, 3, 1)  # [B, height, width, c_in]
+    patches = (
+        x[:, i * dh : i * dh + (h - 1) * sh + 1 : sh, j * dw : j * dw + (w - 1) * sw + 1 : sw].flatten(1, 2)
+        for i in range(kh)
+        for j in range(kw)
+    )
+    return torch.stack([g @ patch for patch in patches], -1).flatten(1)
+
+
+def tape_scores(
+    actor: nn.Module, obs: Tensor, actions: Tensor, memory: int = 512
+) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
+    """H, the rows d log pi(a_i|s_i) / d theta, factored by layer, from a forward and a backward pass in chunks.
+
+    Returns (x [B, d_in], g [B, d_out], parameters): row i holds g_i x_i^T for the first parameter and g_i for the
+    second, the bias, if there is one. A linear layer gives its input and the gradient of log pi at its output, a
+    convolution gives P of (9) and its bias as two layers with the input 1. Takes at most memory MiB, ValueError if
+    that is too little. Raises TypeError for a layer where that is not known."""
+    layers = {module: name for name, module in actor.named_modules() if module._parameters}
+    owned, rows = [p for m in layers for p in m.parameters(recurse=False)], {}
+    for part in torch.arange(len(obs), device=obs.device).split(chunk_size(actor, obs, memory)):
+        calls = {module: [] for module in layers}  # (input, output) of each call
+        hooks = [m.register_forward_hook(lambda m, inputs, output: calls[m].append((*inputs, output))) for m in layers]
+        with torch.enable_grad():
+            log_prob = actor(obs[part]).log_prob(actions[part]).sum()
+        for hook in hooks:
+            hook.remove()
+        for m, name in layers.items():  # _version: an in-place activation has overwritten the output
+            known = type(m) is nn.Linear or (type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros")
+            once = len(calls[m]) == 1 and calls[m][0][1].dim() == m.weight.dim() and not calls[m][0][1]._version
+            if not known or not once or len(set(owned)) < len(owned):
+                raise TypeError(
+                    f"the tape takes Linear and Conv2d layers called once, not {name} {m}: use --jacobian vmap"
+                )
+        grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])
+        for m, g in zip(layers, grads, strict=True):
+            x = calls[m][0][0].detach()
+            some = (x, g) if type(m) is nn.Linear else (patch_sums(m, x, g), g.sum((2, 3)))
+            for whole, t in zip(
+                rows.setdefault(m, [t.new_empty(len(obs), t.shape[1]) for t in some]), some, strict=True
+            ):
+                whole[part] = t
+    one, scores = log_prob.new_ones(len(obs), 1), []
+    for m, (x, g) in rows.items():
+        params = list(m.parameters())
+        scores += [(x, g, params)] if type(m) is nn.Linear else [(one, t, [p]) for t, p in zip((x, g), params)]
+    return scores
+
+
+def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
+    """The same from materialised per-sample gradients, for any module: each parameter is a layer with input 1."""
+    score = grad(lambda named, obs, action: functional_call(actor, named, obs[None]).log_prob(action[None])[0])
+    named = {name: p.detach() for name, p in actor.named_parameters()}
+    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)(named, obs, actions)
+    return [(rows[name].new_ones(len(obs), 1), rows[name].flatten(1), [p]) for name, p in actor.named_parameters()]
+
+
+def rat_direction(
+    actor: nn.Module, obs: Tensor, actions: Tensor, advantages: Tensor, weights: Tensor, damping: float,
+    previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape",
+    kernel_memory: int = 512,
+) -> list[Tensor]:  # fmt: skip
+    """One block Kaczmarz step, the minimiser of |y - H g|^2_Sigma + damping |g - previous|^2: equation (3).
+
+    advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0), so that rows of weight
+    zero drop out; previous is g_{j-1}, without it the step starts from zero and is equation (1).
+    Returns g_j, an ascent direction, one tensor per actor.parameters() in that order. Raises FloatingPointError
+    where scores or advantages are not finite, TypeError for a layer that only jacobian="vmap" takes."""
+    scores = vmap_scores(actor, obs, actions) if jacobian == "vmap" else tape_scores(actor, obs, actions, kernel_memory)
+    memory = dict(zip(actor.parameters(), previous, strict=True)) if previous is not None else {}
+    with torch.no_grad():
+        kernel, residual = 0.0, advantages
+        for x, g, (weight, *bias) in scores:
+            kernel = kernel + (g @ g.T) * (x @ x.T + len(bias))  # H H^T, [B, B], (5)
+            if memory:  # y - H g_{j-1}, [B], (6)
+                residual = residual - ((g @ memory[weight].view(g.shape[1], x.shape[1])) * x).sum(1)
+                residual = residual - sum(g @ memory[b] for b in bias)
+
+        root = (weights / weights.count_nonzero().clamp(min=1)).sqrt()  # S = Sigma^1/2, [B]
+        system = root[:, None] * kernel * root + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
+        factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
+        u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
+        if info != 0 or not u.isfinite().all():
+            raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
+        direction = {}
+        for x, g, (weight, *bias) in scores:  # H^T u, (7)
+            direction[weight] = ((u[:, None] * g).T @ x).view_as(weight)
+            direction |= dict.fromkeys(bias, u @ g)
+        return [direction[p] + memory[p] if memory else direction[p] for p in actor.parameters()]
+
+
+def kaczmarz_step(args: Args, actor: nn.Module, batch: tuple, memory: list | None) -> tuple[list, Tensor, list | None]:
+    """Direction to apply for the block (obs, actions, y, w), its l2 norm before the clip, memory for the next block.
+
+    paper:   g_j of (3), clipped only when applied; remembers g_j within a rollout.
+    release: d_j = clip(increment for y + H d_{j-1}); remembers d_j across rollouts. The published code's rule: against
+             (3), the sign of H d is flipped and increments do not accumulate.
+    off:     the increment for y, equation (1) on every block; remembers nothing."""
+    previous = [-d for d in memory] if memory and args.kaczmarz == "release" else memory
+    direction = rat_direction(actor, *batch, args.damping, previous, args.jacobian, args.kernel_memory)
+    if memory and args.kaczmarz == "release":
+        direction = [g + d for g, d in zip(direction, memory, strict=True)]
+    norm = nn.utils.get_total_norm(direction)
+    applied = [g * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1) for g in direction]  # (4)
+    return applied, norm, {"paper": direction, "release": applied, "off": None}[args.kaczmarz]
+
+
+# Rollout and generalised advantage estimation
+class Collector:
+    """Steps the environments; holds what outlives a rollout: last observations and running episodes."""
+
+    def __init__(self, envs: Procgen, obs: np.ndarray):
+        self.envs, self.obs = envs, obs
+        self.running = np.zeros((len(obs), 2))  # return and length so far
+        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
+
+    def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
+        """T = num_steps steps of all N environments: every step is data, as they reset within the step.
+
+        Returns obs [T + 1, N, 64, 64, 3] uint8, actions, raw rewards and terminated [T, N]."""
+        obs = torch.empty(num_steps + 1, *self.obs.shape, dtype=torch.uint8, device=device)
+        obs[0], actions, steps = torch.as_tensor(self.obs), [], []
+        for t in range(num_steps):
+            action, env_action = agent.act(obs[t])
+            self.obs, reward, terminated, _, _ = self.envs.step(env_action.cpu().numpy())
+            self.running += np.stack([reward, np.ones_like(reward)], 1)
+            self.finished.extend(map(tuple, self.running[terminated].tolist()))
+            self.running[terminated] = 0
+            obs[t + 1] = torch.as_tensor(self.obs)
+            actions.append(action)
+            steps.append(np.stack([reward, terminated]))
+        return obs, torch.stack(actions), *torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)
+
+
+def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
+    advantages, trace = torch.zeros_like(rewards), 0.0
+    deltas = rewards + gamma * values[1:] * (1 - terminated) - values[:-1]
+    for t in reversed(range(len(deltas))):
+        advantages[t] = trace = deltas[t] + gamma * lam * (1 - done[t]) * trace
+    return advantages
+
+
+def evaluate(args: Args, agent: Agent, device: torch.device) -> float:
+    """Mean return of one episode in each of num_envs environments, on the eval_levels after the training levels."""
+    unseen = replace(args, start_level=args.start_level + args.num_levels, num_levels=args.eval_levels)
+    envs, obs = make_envs(unseen, args.seed)
+    returns, playing = np.zeros(args.num_envs), np.ones(args.num_envs, dtype=bool)
+    while playing.any():
+        _, env_action = agent.act(torch.as_tensor(obs, device=device))
+        obs, reward, terminated, _, _ = envs.step(env_action.cpu().numpy())
+        returns += reward * playing
+        playing &= ~terminated
+    envs.close()
+    return returns.mean().item()
+
+
+def batched(f: Callable[[Tensor], Tensor], obs: Tensor) -> Tensor:
+    """f on obs [N, ...], a few at a time: what a convolution gives for a whole rollout takes gigabytes."""
+    return torch.cat([f(part) for part in obs.split(512)])
+
+
+# Checkpoint and logging
+def load_checkpoint(args: Args, path: Path) -> dict:
+    """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = {"algorithm": saved["algorithm"], **saved["args"]}
+    except Exception as error:
+        fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
+    free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
+    for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
+        if name not in free and theirs.get(name) != value:
+            fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
+    return saved
+
+
+class Logger:
+    """progress.csv, TensorBoard events and the progress bar (a line every 5 % where stderr is no terminal)."""
+
+    def __init__(self, folder: Path, step: int, total: int):
+        path, self.total, self.printed = folder / "progress.csv", total, step
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
+        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
+        self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
+        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One row and one point a tag; metrics maps tag to value, the column is what follows the slash."""
+        row = {"global_step": step} | {tag.split("/")[1].lower(): value for tag, value in metrics.items()}
+        if os.path.getsize(self.csv.name) == 0:
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv)
+        for tag, value in metrics.items():
+            self.events.add_scalar(tag, value, step)
+        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and (step - self.printed) * 20 >= self.total:
+            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
+            self.printed = step
+
+
+# Training
+def main(args: Args) -> None:
+    """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
+    check_args(
+        replace(args, **{name: getattr(args, name) or 1 for name in ("num_levels", "start_level", "eval_levels")})
+    )
+    check_sizes(args)
+    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
+    checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    saved = load_checkpoint(args, checkpoint) if args.resume else {}
+    stop = []  # holds the signal that asked for the end; async workers inherit the handler, so Ctrl-C leaves them alive
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    torch.manual_seed(args.seed)
+    batch_size = args.num_envs * args.num_steps
+    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
+    learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
+    envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
+    collector = Collector(envs, obs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.channels, args.hidden).to(device)
+    actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        collector.finished.extend(saved["episodes"])
+        memory = memory and [d.to(device) for d in memory]
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+    try:
+        folder.mkdir(parents=True, exist_ok=args.resume)
+        (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
+        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
+    except OSError as error:
+        fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
+
+    def state() -> dict:
+        return {
+            "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
+            "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
+            "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        }  # fmt: skip
+
+    def save(state: dict) -> None:
+        logger.events.flush()  # the points and rows that a checkpoint counts on are on disk before it
+        with open(checkpoint.with_suffix(".partial"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
+
+    save(state())
+    while global_step + batch_size <= args.total_timesteps and not stop:
+        last_good, phase = copy.deepcopy(state()), "rollout"
+        try:
+            global_step += batch_size
+            obs, actions, rewards, done = collector.collect(agent, args.num_steps, device)
+            with torch.no_grad():
+                values = (
+                    batched(critic, obs.flatten(0, 1)).view(-1, args.num_envs) * popart.std + popart.mean
+                )  # [T + 1, N]
+                rewards = agent.normalizer(rewards, done, args.gamma)
+                advantages = gae(rewards, values, done, done, args.gamma, args.gae_lambda).float()  # [T, N]
+                returns = (advantages + values[:-1]).flatten()  # flat from here on
+                obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(), advantages.flatten()
+                popart.update(returns)
+                returns = ((returns - popart.mean) / popart.std).float()
+                old_logits = batched(lambda x: actor(x).logits, obs)  # [T * N, 15]
+                old_log_prob = Categorical(logits=old_logits).log_prob(actions)
+            memory, norms = None if args.kaczmarz == "paper" else memory, []
+            for _ in range(args.update_epochs):
+                for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
+                    phase = f"actor update {len(norms) + 1}"
+                    with torch.no_grad():
+                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old_log_prob[block]  # [B]
+                        y = advantages[block] - advantages[block].mean()
+                        rms = y.square().mean().sqrt() + 1e-8
+                        batch = (obs[block], actions[block], y / rms, log_ratio.exp().clamp(0.1, 10))
+                        applied, norm, memory = kaczmarz_step(args, actor, batch, memory)
+                        torch._foreach_add_(list(actor.parameters()), applied, alpha=learning_rate)  # (4)
+                    norms.append(norm)
+            with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
+                policy = actor(obs[block])
+                metrics = {
+                    "rat/kl": kl_divergence(Categorical(logits=old_logits[block]), policy).mean(),
+                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # sampled, before the last update
+                    "losses/entropy": policy.entropy().mean(),
+                    "losses/explained_variance": 1 - advantages.var() / returns.var() / popart.std**2,
+                    "rat/direction_norm": torch.stack(norms).mean(),
+                    "rat/ratio_max": log_ratio.max().exp(),
+                    "rat/advantage_rms": rms,
+                }
+
+            phase, losses = "critic updates", []
+            for _ in range(args.critic_epochs):
+                for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
+                    loss = (critic(obs[block]) - returns[block]).square().mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
+                    optimizer.step()
+                    losses.append(loss.detach())
+            metrics["losses/value_loss"] = torch.stack(losses).mean()
+            metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+            for tag in ("rat/kl", "losses/entropy", "rat/direction_norm", "losses/value_loss"):
+                if not math.isfinite(metrics[tag]):
+                    raise FloatingPointError(f"{tag} is not finite")
+        except FloatingPointError as error:
+            save(last_good)
+            fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
+
+        wall_seconds = time.time() - started
+        episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
+        metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
+        if args.eval_levels:  # nan in between
+            due = global_step // batch_size % args.eval_interval == 0
+            metrics["charts/eval_return"] = evaluate(args, agent, device) if due else math.nan
+        metrics |= {"charts/learning_rate": learning_rate, "rat/damping": args.damping}
+        metrics |= {"charts/SPS": global_step / wall_seconds, "charts/wall_seconds": wall_seconds}
+        logger.write(global_step, metrics)
+        factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
+        learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
+        if global_step // batch_size % args.checkpoint_interval == 0:
+            save(state())
+    save(state())
+    for part in (envs, logger.bar, logger.csv, logger.events):
+        part.close()
+    episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
+    print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stop:
+        fail(f"stopped by signal {stop[0]}, continue with --resume --run-name {args.run_name}.", 128 + stop[0])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
