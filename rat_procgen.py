@@ -280,17 +280,12 @@ def chunk_size(actor: nn.Module, obs: Tensor, memory: int) -> int:
 
 
 def patch_sums(m: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
-    """P_i = sum_t g_it x_it^T of (9), [B, c_out * c_in * kernel], from input x and output gradients g [B, c, h, w]:
-    one offset in the kernel after the other, so that the patches never lie side by side in memory."""
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = m.kernel_size, m.stride, m.padding, m.dilation
-    (h, w), g = g.shape[2:], g.flatten(2)  # [B, c_out, T]
-    x = nn.functional.pad(x, (pw, pw, ph, ph)).permute(0, 2, 3, 1)  # [B, height, width, c_in]
-    patches = (
-        x[:, i * dh : i * dh + (h - 1) * sh + 1 : sh, j * dw : j * dw + (w - 1) * sw + 1 : sw].flatten(1, 2)
-        for i in range(kh)
-        for j in range(kw)
-    )
-    return torch.stack([g @ patch for patch in patches], -1).flatten(1)
+    """P_i = sum_t g_it x_it^T of (9), [B, weight.numel()], from input x and output gradient g [B, channels, h, w]."""
+    (kh, kw), (sh, sw), (ph, pw), (h, w) = m.kernel_size, m.stride, m.padding, g.shape[2:]
+    x = nn.functional.pad(x, (pw, pw, ph, ph)).permute(0, 2, 3, 1).unfold(2, kw, sw)  # [B, height, w, c_in, kw]
+    x, g = x.transpose(3, 4), g.flatten(2)  # a row of a patch, kw * c_in floats, is contiguous; [B, c_out, T]
+    p = [g @ x[:, i : i + (h - 1) * sh + 1 : sh].reshape(len(x), h * w, -1) for i in range(kh)]  # a kernel row each
+    return torch.stack(p, 2).unflatten(3, (kw, -1)).permute(0, 1, 4, 2, 3).flatten(1)  # as the weight: c_out c_in kh kw
 
 
 def tape_scores(
@@ -312,7 +307,9 @@ def tape_scores(
         for hook in hooks:
             hook.remove()
         for m, name in layers.items():  # _version: an in-place activation has overwritten the output
-            known = type(m) is nn.Linear or (type(m) is nn.Conv2d and m.groups == 1 and m.padding_mode == "zeros")
+            known = type(m) is nn.Linear or (
+                type(m) is nn.Conv2d and m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros"
+            )
             once = len(calls[m]) == 1 and calls[m][0][1].dim() == m.weight.dim() and not calls[m][0][1]._version
             if not known or not once or len(set(owned)) < len(owned):
                 raise TypeError(
