@@ -209,18 +209,17 @@ class ResidualBlock(nn.Module):
 
 
 def impala(shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module) -> nn.Sequential:
-    """Three stages that halve the image, a hidden layer and a head (Espeholt et al. 2018); no activation in place."""
+    """Three stages that halve the image, a hidden layer and a head (Espeholt et al. 2018); no activation in place.
+
+    Glorot's initialisation as in the original: PyTorch's shrinks so deep a network's scores far below the damping."""
     layers, (height, width, planes) = [Pixels()], shape
     for c in channels:
-        layers += [
-            nn.Conv2d(planes, c, 3, padding=1),
-            nn.MaxPool2d(3, 2, padding=1),
-            ResidualBlock(c),
-            ResidualBlock(c),
-        ]
+        layers += [nn.Conv2d(planes, c, 3, padding=1), nn.MaxPool2d(3, 2, 1), ResidualBlock(c), ResidualBlock(c)]
         planes, height, width = c, (height + 1) // 2, (width + 1) // 2
-    layers += [nn.ReLU(), nn.Flatten(), nn.Linear(planes * height * width, hidden), nn.ReLU(), head]
-    return nn.Sequential(*layers)
+    net = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(planes * height * width, hidden), nn.ReLU())
+    for p in net.parameters():
+        nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
+    return net.append(head)
 
 
 class Actor(nn.Module):
@@ -572,12 +571,15 @@ def main(args: Args) -> None:
                     norms.append(norm)
             with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
                 policy = actor(obs[block])
+                scores = tape_scores(actor, obs[block], actions[block], args.kernel_memory)
+                trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)).mean() for x, g, p in scores)
                 metrics = {
                     "rat/kl": kl_divergence(Categorical(logits=old_logits[block]), policy).mean(),
                     "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # sampled, before the last update
                     "losses/entropy": policy.entropy().mean(),
                     "losses/explained_variance": 1 - advantages.var() / returns.var() / popart.std**2,
                     "rat/direction_norm": torch.stack(norms).mean(),
+                    "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
                     "rat/ratio_max": log_ratio.max().exp(),
                     "rat/advantage_rms": rms,
                 }
