@@ -3,9 +3,7 @@
 Run: python rat_procgen.py --env-id starpilot    Equation numbers: README.md, "How it works".
 """
 
-import atexit
 import copy
-import io
 import json
 import math
 import os
@@ -13,9 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -42,12 +38,12 @@ class Args:
     num_levels: int = 200  # training levels, 0: all there are
     start_level: int = 0  # first training level
     eval_levels: int = 1000  # unseen levels, those after the training levels, for the evaluation; 0: none
-    eval_interval: int = 25  # iterations between evaluations, each one episode in num_envs environments
+    eval_interval: int = 25  # iterations between evaluations, each a rollout that is not learned from
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three convolutional stages, actor and critic
     hidden: int = 256  # units of the layer after them
     kaczmarz: Literal["paper", "release", "off"] = "paper"  # what a block remembers of those before: kaczmarz_step
     jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or from all of H (any module)
-    kernel_memory: int = 512  # MiB that the tape may take for a block
+    kernel_memory: int = 512  # MiB that the tape may take for a block, without the kernel
     update_epochs: int = 4  # actor passes over the rollout
     num_minibatches: int = 16  # actor blocks in a pass, each of num_envs * num_steps / num_minibatches samples
     damping: float = 0.1  # lambda of equation (1), > 0
@@ -76,9 +72,9 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
 def check_args(args: Args) -> None:
     """Refuse values that cannot work."""
-    batch_size = args.num_envs * args.num_steps
-    for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" else 1
+    batch_size, levels = args.num_envs * args.num_steps, args.start_level + args.num_levels + args.eval_levels
+    for name, value in [*vars(args).items(), *(("channels", c) for c in args.channels)]:
+        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" or "level" in name else 1
         if type(value) is int and not least <= value < 2**31:
             fail(f"{flag} must lie in [{least}, 2**31).")
         if type(value) is float and not 0 < value < math.inf:
@@ -91,80 +87,39 @@ def check_args(args: Args) -> None:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
+    if levels >= 2**31 or (args.eval_levels and not args.num_levels):
+        fail(f"--eval-levels {args.eval_levels} does not fit between --start-level plus --num-levels and 2**31, use 0.")
 
 
 class Procgen:
-    """Procgen games [N] as a vector environment that resets within the step: what comes with `terminated` is the next
-    episode's first observation. A timeout counts as a termination, Procgen does not tell them apart."""
+    """A Procgen game as a vector environment. It resets within the step: the observation that comes with `terminated`
+    is the next episode's first one. Timeouts count as terminations, Procgen does not tell them apart."""
 
     single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     single_action_space = gym.spaces.Discrete(15)
 
-    def __init__(self, env):
-        self.env, self.close = env, env.close
+    def __init__(self, args: Args, seed: int, unseen: bool = False, render_mode: str | None = None):
+        sys.modules.setdefault("gym_notices", None)  # where gym, which it imports, says that it is unmaintained
+        try:
+            from procgen.env import ENV_NAMES, ProcgenGym3Env
+        except ImportError as error:
+            fail(f"Procgen cannot be imported ({error}): use Python 3.11 or 3.12, pip install -r requirements.txt.")
+        if args.env_id not in ENV_NAMES:
+            fail(f"--env-id {args.env_id} is no Procgen game, use one of {', '.join(ENV_NAMES)}.")
+        self.env = ProcgenGym3Env(
+            args.num_envs, args.env_id, distribution_mode=args.distribution_mode, rand_seed=seed % 2**31,
+            num_levels=args.eval_levels if unseen else args.num_levels, render_mode=render_mode,
+            start_level=args.start_level + unseen * args.num_levels, num_threads=min(4, torch.get_num_threads()),
+        )  # fmt: skip
 
     def step(self, actions: np.ndarray) -> tuple:
-        """Actions [N] to obs [N, 64, 64, 3] uint8, reward, terminated, truncated (never) [N], info."""
+        """Actions [N] to obs [N, 64, 64, 3] uint8, rewards [N], terminated [N], truncated (never) [N], info."""
         self.env.act(actions)
-        reward, obs, first = self.env.observe()
-        return obs["rgb"], reward, first, np.zeros_like(first), {}
-
-
-def check_sizes(args: Args) -> None:
-    """Refuse networks without channels and levels that Procgen does not have."""
-    if min(args.channels) < 1:
-        fail(f"--channels {' '.join(map(str, args.channels))} must be at least 1.")
-    if args.start_level + args.num_levels + args.eval_levels >= 2**31:
-        fail(
-            f"--start-level {args.start_level} + --num-levels {args.num_levels} + --eval-levels {args.eval_levels} must be less than 2**31."
-        )
-    if args.eval_levels and not args.num_levels:
-        fail(f"--eval-levels {args.eval_levels} finds no unseen level with --num-levels 0, take --eval-levels 0.")
-
-
-def make_envs(args: Args, seed: int, render_mode: str | None = None) -> tuple[Procgen, np.ndarray]:
-    """Vector environment and first observations [N, 64, 64, 3]."""
-    try:
-        with redirect_stderr(io.StringIO()):  # the notice that gym, which it imports, is unmaintained
-            from procgen import ProcgenGym3Env
-            from procgen.env import ENV_NAMES
-    except ImportError as error:
-        fail(f"Procgen cannot be imported ({error}): use Python 3.11 or 3.12 and pip install -r requirements.txt.")
-    if args.env_id not in ENV_NAMES:
-        fail(f"--env-id {args.env_id} is no Procgen game, take one of {', '.join(ENV_NAMES)}.")
-    env = ProcgenGym3Env(
-        args.num_envs, args.env_id, distribution_mode=args.distribution_mode, num_levels=args.num_levels,
-        start_level=args.start_level, rand_seed=seed % 2**31, num_threads=min(4, torch.get_num_threads()),
-        render_mode=render_mode,
-    )  # fmt: skip
-    atexit.register(env.close)
-    return Procgen(env), env.observe()[1]["rgb"]
+        rewards, obs, first = self.env.observe()
+        return obs["rgb"], rewards, first, np.zeros_like(first), {}
 
 
 # Networks
-class RewardNormalizer(nn.Module):
-    """Divides rewards by the deviation of their running discounted return, clipped to +-10; updated once a rollout."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("var", torch.ones((), dtype=torch.float64))
-        self.register_buffer("count", torch.full((), 1e-4, dtype=torch.float64))
-        self.running = 0.0  # discounted return so far [N]; starts anew with the episodes of a resumed run
-
-    def forward(self, rewards: Tensor, done: Tensor, gamma: float) -> Tensor:
-        """Merge the moments of a rollout's discounted returns (Chan et al. 1979); rewards, done, result [T, N]."""
-        returns = torch.empty_like(rewards, dtype=torch.float64)
-        for t in range(len(rewards)):
-            returns[t] = self.running = gamma * self.running + rewards[t]
-            self.running = self.running * (1 - done[t])
-        delta, share = returns.mean() - self.mean, returns.numel() / (self.count + returns.numel())
-        self.var.lerp_(returns.var(correction=0), share).add_(delta.square() * share * (1 - share))
-        self.mean.add_(delta * share)
-        self.count.add_(returns.numel())
-        return (rewards / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
-
-
 class PopArt(nn.Module):
     """Linear value head over returns normalised by their running moments (van Hasselt et al. 2016): [B, d] to [B]."""
 
@@ -190,143 +145,99 @@ class PopArt(nn.Module):
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-class Pixels(nn.Module):
-    """uint8 images [B, height, width, 3] to [B, 3, height, width] in [0, 1]; channels stay last in memory."""
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return obs.permute(0, 3, 1, 2) / 255
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(relu(x)))), [B, channels, height, width]."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+class Residual(nn.Sequential):
+    """x plus what the layers make of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.conv1(x.relu()).relu())
+        return x + super().forward(x)
 
 
-def impala(shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module) -> nn.Sequential:
-    """Three stages that halve the image, a hidden layer and a head (Espeholt et al. 2018); no activation in place.
+class Impala(nn.Sequential):
+    """Espeholt et al. 2018: three stages that halve the image, a hidden layer and a head, [B, h, w, 3] to [B, d].
+    Initialised as there (Glorot): PyTorch's default leaves a new policy's scores far below the damping."""
 
-    Glorot's initialisation as in the original: PyTorch's shrinks so deep a network's scores far below the damping."""
-    layers, (height, width, planes) = [Pixels()], shape
-    for c in channels:
-        layers += [nn.Conv2d(planes, c, 3, padding=1), nn.MaxPool2d(3, 2, 1), ResidualBlock(c), ResidualBlock(c)]
-        planes, height, width = c, (height + 1) // 2, (width + 1) // 2
-    net = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(planes * height * width, hidden), nn.ReLU())
-    for p in net.parameters():
-        nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
-    return net.append(head)
+    def __init__(self, shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module):
+        layers, (height, width, planes) = [], shape
+        for c in channels:
+            inner = [nn.Conv2d(c, c, 3, padding=1) for _ in range(4)]
+            layers += [nn.Conv2d(planes, c, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
+            layers += [Residual(nn.ReLU(), inner[i], nn.ReLU(), inner[i + 1]) for i in (0, 2)]
+            planes, height, width = c, (height + 1) // 2, (width + 1) // 2
+        super().__init__(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(planes * height * width, hidden), nn.ReLU())
+        for p in self.parameters():
+            nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
+        self.append(head)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return super().forward(obs.permute(0, 3, 1, 2) / 255)  # channels stay last in memory: twice as fast on a CPU
 
 
-class Actor(nn.Module):
-    """Categorical policy on uint8 images [B, height, width, 3]; log_prob(a) is [B]."""
-
-    def __init__(self, shape: tuple, actions: int, channels: tuple[int, ...] = (16, 32, 32), hidden: int = 256):
-        super().__init__()
-        self.logits = impala(shape, channels, hidden, nn.Linear(hidden, actions))
+class Actor(Impala):
+    """Categorical policy: forward gives a distribution whose log_prob(a) is [B]."""
 
     def forward(self, obs: Tensor) -> Distribution:
-        return Categorical(logits=self.logits(obs), validate_args=False)
+        return Categorical(logits=super().forward(obs), validate_args=False)
 
 
 class Agent(nn.Module):
-    """All that it takes to play and to go on: actor, critic (in PopArt's units), deviation of the returns."""
+    """All that it takes to play: actor; and the critic, in PopArt's units."""
 
-    def __init__(
-        self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete,
-        channels: tuple[int, ...] = (16, 32, 32), hidden: int = 256,
-    ):  # fmt: skip
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, channels=(16, 32, 32), hidden=256):
         super().__init__()
-        shape, self.normalizer = observation_space.shape, RewardNormalizer()
-        self.actor = Actor(shape, int(action_space.n), channels, hidden)
-        self.critic = impala(shape, channels, hidden, PopArt(hidden))
+        sizes = observation_space.shape, channels, hidden
+        self.actor = Actor(*sizes, nn.Linear(hidden, int(action_space.n)))
+        self.critic = Impala(*sizes, PopArt(hidden))
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
         """Obs [B, height, width, 3] to the policy's sample (or mode) and the environment's action, the same [B]."""
         policy = self.actor(obs)
-        action = policy.mode if deterministic else policy.sample()
-        return action, action
+        return (policy.mode if deterministic else policy.sample(),) * 2
 
 
 # The algorithm's core: scores, direction, Kaczmarz
-def chunk_size(actor: nn.Module, obs: Tensor, memory: int) -> int:
-    """Samples to differentiate at once so that the scores of all obs [B, ...] and a chunk's tape fit in memory MiB.
+def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> list[tuple[Tensor, Tensor, list]]:
+    """H, the rows d log pi(a_i|s_i) / d theta, factored by layer, from one forward and one backward pass in chunks.
 
-    Raises ValueError where the scores alone do not."""
-    held, taped, layers = 0, 0, [m for m in actor.modules() if m._parameters]
-
-    def count(m: nn.Module, inputs: tuple, output: Tensor) -> None:
-        nonlocal held, taped  # floats a sample
-        x, g = inputs[0].numel(), output.numel()
-        held += sum(p.numel() for p in m.parameters()) if type(m) is nn.Conv2d else x + g
-        taped += x + 3 * g  # values, gradients, what pooling and patches take on top
-
-    hooks = [m.register_forward_hook(count) for m in layers]
-    with torch.no_grad():
-        actor(obs[:1])
-    for hook in hooks:
-        hook.remove()
-    floats = memory * 2**20 // next(actor.parameters()).element_size()
-    if (size := (floats - len(obs) * held) // taped) < 1:
-        need = -(-(len(obs) * held + taped) * memory // floats)
-        raise ValueError(f"--kernel-memory {memory} is too little for blocks of {len(obs)} samples, they take {need}")
-    return size
-
-
-def patch_sums(m: nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:
-    """P_i = sum_t g_it x_it^T of (9), [B, weight.numel()], from input x and output gradient g [B, channels, h, w]."""
-    (kh, kw), (sh, sw), (ph, pw), (h, w) = m.kernel_size, m.stride, m.padding, g.shape[2:]
-    x = nn.functional.pad(x, (pw, pw, ph, ph)).permute(0, 2, 3, 1).unfold(2, kw, sw)  # [B, height, w, c_in, kw]
-    x, g = x.transpose(3, 4), g.flatten(2)  # a row of a patch, kw * c_in floats, is contiguous; [B, c_out, T]
-    p = [g @ x[:, i : i + (h - 1) * sh + 1 : sh].reshape(len(x), h * w, -1) for i in range(kh)]  # a kernel row each
-    return torch.stack(p, 2).unflatten(3, (kw, -1)).permute(0, 1, 4, 2, 3).flatten(1)  # as the weight: c_out c_in kh kw
-
-
-def tape_scores(
-    actor: nn.Module, obs: Tensor, actions: Tensor, memory: int = 512
-) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-    """H, the rows d log pi(a_i|s_i) / d theta, factored by layer, from a forward and a backward pass in chunks.
-
-    Returns (x [B, d_in], g [B, d_out], parameters): row i holds g_i x_i^T for the first parameter and g_i for the
-    second, the bias, if there is one. A linear layer gives its input and the gradient of log pi at its output, a
-    convolution gives P of (9) and its bias as two layers with the input 1. Takes at most memory MiB, ValueError if
-    that is too little. Raises TypeError for a layer where that is not known."""
+    Returns (x [B, d_in], g [B, d_out], [weight, bias]) a layer: its input and the gradient of log pi at its output.
+    Row i holds g_i x_i^T for the weight and g_i for the bias. A convolution is two such layers with the input 1, for
+    P_i of (9) and for its bias. Raises TypeError for a layer where that is not known, MemoryError above memory MiB."""
     layers = {module: name for name, module in actor.named_modules() if module._parameters}
-    owned, rows = [p for m in layers for p in m.parameters(recurse=False)], {}
-    for part in torch.arange(len(obs), device=obs.device).split(chunk_size(actor, obs, memory)):
-        calls = {module: [] for module in layers}  # (input, output) of each call
-        hooks = [m.register_forward_hook(lambda m, inputs, output: calls[m].append((*inputs, output))) for m in layers]
+    owned, rows, start, size = [p for m in layers for p in m.parameters(recurse=False)], {}, 0, 1
+    while start < len(obs):
+        part, calls = slice(start, start + size), {module: [] for module in layers}  # (input, output) of each call
+        hooks = [m.register_forward_hook(lambda m, x, z, calls=calls: calls[m].append((*x, z))) for m in layers]
         with torch.enable_grad():
             log_prob = actor(obs[part]).log_prob(actions[part]).sum()
         for hook in hooks:
             hook.remove()
         for m, name in layers.items():  # _version: an in-place activation has overwritten the output
             known = type(m) is nn.Linear or (
-                type(m) is nn.Conv2d and m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros"
+                type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode) == (1, (1, 1), "zeros")
             )
             once = len(calls[m]) == 1 and calls[m][0][1].dim() == m.weight.dim() and not calls[m][0][1]._version
             if not known or not once or len(set(owned)) < len(owned):
-                raise TypeError(
-                    f"the tape takes Linear and Conv2d layers called once, not {name} {m}: use --jacobian vmap"
-                )
+                raise TypeError(f"the tape takes Linear, Conv2d called once, not {name} {m}: use --jacobian vmap")
         grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])
         for m, g in zip(layers, grads, strict=True):
-            x = calls[m][0][0].detach()
-            some = (x, g) if type(m) is nn.Linear else (patch_sums(m, x, g), g.sum((2, 3)))
-            for whole, t in zip(
-                rows.setdefault(m, [t.new_empty(len(obs), t.shape[1]) for t in some]), some, strict=True
-            ):
-                whole[part] = t
-    one, scores = log_prob.new_ones(len(obs), 1), []
-    for m, (x, g) in rows.items():
-        params = list(m.parameters())
-        scores += [(x, g, params)] if type(m) is nn.Linear else [(one, t, [p]) for t, p in zip((x, g), params)]
-    return scores
+            x, params = calls[m][0][0].detach(), list(m.parameters())
+            found = [(x, g, params)]
+            if type(m) is nn.Conv2d:  # patches x [B, T, kh * kw * c_in], P [B, c_out * c_in * kh * kw]
+                (kh, kw), (sh, sw), (ph, pw) = m.kernel_size, m.stride, m.padding
+                x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).unfold(1, kh, sh).unfold(2, kw, sw)
+                p = g.flatten(2) @ x.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+                p = p.unflatten(2, (kh, kw, -1)).permute(0, 1, 4, 2, 3).flatten(1)
+                found = [(x.new_ones(len(x), 1), t, [q]) for t, q in zip((p, g.sum((2, 3))), params, strict=False)]
+            for x, g, params in found:
+                whole = rows.setdefault(tuple(params), [t.new_empty(len(obs), t.shape[1]) for t in (x, g)])
+                whole[0][part], whole[1][part] = x, g
+        if start == 0:  # of one sample, to learn how many fit: values, gradients, what pooling and patches add
+            used = sum(x.nbytes + 3 * z.nbytes for [(x, z)] in calls.values())
+            spare = memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
+            if spare < used:
+                raise MemoryError(f"--kernel-memory {memory} is too little for blocks of {len(obs)} samples, raise it")
+        start, size = part.stop, spare // used
+    return [(x, g, list(params)) for params, (x, g) in rows.items()]
 
 
 def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
@@ -339,8 +250,7 @@ def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Te
 
 def rat_direction(
     actor: nn.Module, obs: Tensor, actions: Tensor, advantages: Tensor, weights: Tensor, damping: float,
-    previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape",
-    kernel_memory: int = 512,
+    previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape", kernel_memory: int = 512,
 ) -> list[Tensor]:  # fmt: skip
     """One block Kaczmarz step, the minimiser of |y - H g|^2_Sigma + damping |g - previous|^2: equation (3).
 
@@ -389,29 +299,32 @@ def kaczmarz_step(args: Args, actor: nn.Module, batch: tuple, memory: list | Non
 
 # Rollout and generalised advantage estimation
 class Collector:
-    """Steps the environments; holds what outlives a rollout: last observations and running episodes."""
+    """Steps the environments; holds what outlives a rollout: last observations, running episodes, R's moments.
+    R is the discounted return so far; its deviation over all steps is the unit of the rewards."""
 
-    def __init__(self, envs: Procgen, obs: np.ndarray):
-        self.envs, self.obs = envs, obs
-        self.running = np.zeros((len(obs), 2))  # return and length so far
+    def __init__(self, envs: Procgen, gamma: float):
+        self.envs, self.gamma, self.obs = envs, gamma, envs.env.observe()[1]["rgb"]
+        self.running, self.moments = np.zeros((3, len(self.obs))), np.zeros(3)  # return, length, R; sums of 1, R, R^2
         self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
 
     def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
-        """T = num_steps steps of all N environments: every step is data, as they reset within the step.
-
-        Returns obs [T + 1, N, 64, 64, 3] uint8, actions, raw rewards and terminated [T, N]."""
+        """T = num_steps steps of N environments, all data, to obs [T + 1, N, 64, 64, 3] uint8, actions, rewards and
+        terminated [T, N]. Rewards are divided by the deviation of R up to the rollout's end, then clipped to +-10."""
         obs = torch.empty(num_steps + 1, *self.obs.shape, dtype=torch.uint8, device=device)
         obs[0], actions, steps = torch.as_tensor(self.obs), [], []
         for t in range(num_steps):
             action, env_action = agent.act(obs[t])
             self.obs, reward, terminated, _, _ = self.envs.step(env_action.cpu().numpy())
-            self.running += np.stack([reward, np.ones_like(reward)], 1)
-            self.finished.extend(map(tuple, self.running[terminated].tolist()))
-            self.running[terminated] = 0
+            self.running = self.running * [[1], [1], [self.gamma]] + [reward, np.ones_like(reward), reward]
+            self.moments += [len(reward), self.running[2].sum(), (self.running[2] ** 2).sum()]
+            self.finished.extend(map(tuple, self.running[:2, terminated].T.tolist()))
+            self.running[:, terminated] = 0
             obs[t + 1] = torch.as_tensor(self.obs)
             actions.append(action)
             steps.append(np.stack([reward, terminated]))
-        return obs, torch.stack(actions), *torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)
+        mean, square = self.moments[1:] / self.moments[0]
+        rewards, terminated = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)
+        return obs, torch.stack(actions), (rewards / (square - mean**2 + 1e-8) ** 0.5).clamp(-10, 10), terminated
 
 
 def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
@@ -421,25 +334,6 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma
     for t in reversed(range(len(deltas))):
         advantages[t] = trace = deltas[t] + gamma * lam * (1 - done[t]) * trace
     return advantages
-
-
-def evaluate(args: Args, agent: Agent, device: torch.device) -> float:
-    """Mean return of one episode in each of num_envs environments, on the eval_levels after the training levels."""
-    unseen = replace(args, start_level=args.start_level + args.num_levels, num_levels=args.eval_levels)
-    envs, obs = make_envs(unseen, args.seed)
-    returns, playing = np.zeros(args.num_envs), np.ones(args.num_envs, dtype=bool)
-    while playing.any():
-        _, env_action = agent.act(torch.as_tensor(obs, device=device))
-        obs, reward, terminated, _, _ = envs.step(env_action.cpu().numpy())
-        returns += reward * playing
-        playing &= ~terminated
-    envs.close()
-    return returns.mean().item()
-
-
-def batched(f: Callable[[Tensor], Tensor], obs: Tensor) -> Tensor:
-    """f on obs [N, ...], a few at a time: what a convolution gives for a whole rollout takes gigabytes."""
-    return torch.cat([f(part) for part in obs.split(512)])
 
 
 # Checkpoint and logging
@@ -488,10 +382,7 @@ class Logger:
 # Training
 def main(args: Args) -> None:
     """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
-    check_args(
-        replace(args, **{name: getattr(args, name) or 1 for name in ("num_levels", "start_level", "eval_levels")})
-    )
-    check_sizes(args)
+    check_args(args)
     args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -503,8 +394,9 @@ def main(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
     learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
-    envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
-    collector = Collector(envs, obs)
+    envs = Procgen(args, args.seed + global_step)  # a resumed run starts new episodes
+    collector = Collector(envs, args.gamma)
+    unseen = Collector(Procgen(args, args.seed + global_step, True), args.gamma) if args.eval_levels else None
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.channels, args.hidden).to(device)
     actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
@@ -512,10 +404,10 @@ def main(args: Args) -> None:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         collector.finished.extend(saved["episodes"])
+        collector.moments[:] = saved["moments"]
         memory = memory and [d.to(device) for d in memory]
         torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
     try:
         folder.mkdir(parents=True, exist_ok=args.resume)
         (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
@@ -527,8 +419,9 @@ def main(args: Args) -> None:
         return {
             "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
             "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+            "wall_seconds": time.time() - started, "episodes": list(collector.finished),
+            "moments": collector.moments.tolist(), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
         }  # fmt: skip
 
     def save(state: dict) -> None:
@@ -545,45 +438,35 @@ def main(args: Args) -> None:
         try:
             global_step += batch_size
             obs, actions, rewards, done = collector.collect(agent, args.num_steps, device)
-            with torch.no_grad():
-                values = (
-                    batched(critic, obs.flatten(0, 1)).view(-1, args.num_envs) * popart.std + popart.mean
-                )  # [T + 1, N]
-                rewards = agent.normalizer(rewards, done, args.gamma)
-                advantages = gae(rewards, values, done, done, args.gamma, args.gae_lambda).float()  # [T, N]
-                returns = (advantages + values[:-1]).flatten()  # flat from here on
+            with torch.no_grad():  # 512 images at a time: of a whole rollout the first stage would take gigabytes
+                values = torch.cat([critic(part) for part in obs.flatten(0, 1).split(512)]) * popart.std + popart.mean
+                advantages = gae(rewards, values.view(-1, args.num_envs), done, done, args.gamma, args.gae_lambda)
                 obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(), advantages.flatten()
+                returns = advantages + values[:batch_size]  # all [T * N] from here on
                 popart.update(returns)
                 returns = ((returns - popart.mean) / popart.std).float()
-                old_logits = batched(lambda x: actor(x).logits, obs)  # [T * N, 15]
-                old_log_prob = Categorical(logits=old_logits).log_prob(actions)
-            memory, norms = None if args.kaczmarz == "paper" else memory, []
-            for _ in range(args.update_epochs):
-                for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-                    phase = f"actor update {len(norms) + 1}"
-                    with torch.no_grad():
-                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old_log_prob[block]  # [B]
-                        y = advantages[block] - advantages[block].mean()
-                        rms = y.square().mean().sqrt() + 1e-8
-                        batch = (obs[block], actions[block], y / rms, log_ratio.exp().clamp(0.1, 10))
+                old_logits = torch.cat([actor(part).logits for part in obs.split(512)])  # [T * N, 15]
+                memory, norms = None if args.kaczmarz == "paper" else memory, []
+                for _ in range(args.update_epochs):
+                    for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
+                        phase, old_policy = f"actor update {len(norms) + 1}", Categorical(logits=old_logits[block])
+                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old_policy.log_prob(
+                            actions[block]
+                        )  # [B]
+                        y = advantages[block]
+                        y = (y - y.mean()) / (y.std(correction=0) + 1e-8)
+                        batch = (obs[block], actions[block], y, log_ratio.exp().clamp(0.1, 10))
                         applied, norm, memory = kaczmarz_step(args, actor, batch, memory)
                         torch._foreach_add_(list(actor.parameters()), applied, alpha=learning_rate)  # (4)
-                    norms.append(norm)
-            with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
-                policy = actor(obs[block])
-                scores = tape_scores(actor, obs[block], actions[block], args.kernel_memory)
-                trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)).mean() for x, g, p in scores)
+                        norms.append(norm)
+                policy = actor(obs[block])  # how far this rollout's updates moved the policy, on the last block
                 metrics = {
-                    "rat/kl": kl_divergence(Categorical(logits=old_logits[block]), policy).mean(),
+                    "rat/kl": kl_divergence(old_policy, policy).mean(),
                     "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # sampled, before the last update
                     "losses/entropy": policy.entropy().mean(),
                     "losses/explained_variance": 1 - advantages.var() / returns.var() / popart.std**2,
                     "rat/direction_norm": torch.stack(norms).mean(),
-                    "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
-                    "rat/ratio_max": log_ratio.max().exp(),
-                    "rat/advantage_rms": rms,
                 }
-
             phase, losses = "critic updates", []
             for _ in range(args.critic_epochs):
                 for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
@@ -595,28 +478,29 @@ def main(args: Args) -> None:
                     losses.append(loss.detach())
             metrics["losses/value_loss"] = torch.stack(losses).mean()
             metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            for tag in ("rat/kl", "losses/entropy", "rat/direction_norm", "losses/value_loss"):
-                if not math.isfinite(metrics[tag]):
-                    raise FloatingPointError(f"{tag} is not finite")
-        except FloatingPointError as error:
+            if bad := [t for t in ("rat/kl", "losses/entropy", "losses/value_loss") if not math.isfinite(metrics[t])]:
+                raise FloatingPointError(f"{bad[0]} is not finite")
+        except (FloatingPointError, MemoryError) as error:
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
 
         wall_seconds = time.time() - started
         episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
         metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
-        if args.eval_levels:  # nan in between
-            due = global_step // batch_size % args.eval_interval == 0
-            metrics["charts/eval_return"] = evaluate(args, agent, device) if due else math.nan
-        metrics |= {"charts/learning_rate": learning_rate, "rat/damping": args.damping}
-        metrics |= {"charts/SPS": global_step / wall_seconds, "charts/wall_seconds": wall_seconds}
+        if unseen:  # the last evaluation's, nan before the first one
+            if global_step // batch_size % args.eval_interval == 0:
+                unseen.finished.clear()
+                unseen.collect(agent, args.num_steps, device)
+            metrics["charts/eval_return"] = np.mean([episode[0] for episode in unseen.finished] or math.nan).item()
+        metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": global_step / wall_seconds}
+        metrics["charts/wall_seconds"] = wall_seconds
         logger.write(global_step, metrics)
         factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
         learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
         if global_step // batch_size % args.checkpoint_interval == 0:
             save(state())
     save(state())
-    for part in (envs, logger.bar, logger.csv, logger.events):
+    for part in (logger.bar, logger.csv, logger.events):
         part.close()
     episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
     print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
