@@ -158,12 +158,12 @@ class Impala(nn.Sequential):
 
     def __init__(self, shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module):
         layers, (height, width, planes) = [], shape
-        for c in channels:
-            inner = [nn.Conv2d(c, c, 3, padding=1) for _ in range(4)]
-            layers += [nn.Conv2d(planes, c, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [Residual(nn.ReLU(), inner[i], nn.ReLU(), inner[i + 1]) for i in (0, 2)]
-            planes, height, width = c, (height + 1) // 2, (width + 1) // 2
-        super().__init__(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(planes * height * width, hidden), nn.ReLU())
+        for c, d in zip((planes, *channels), channels, strict=False):
+            convs = [nn.Conv2d(d, d, 3, padding=1) for _ in range(4)]
+            layers += [nn.Conv2d(c, d, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
+            layers += [Residual(nn.ReLU(), convs[i], nn.ReLU(), convs[i + 1]) for i in (0, 2)]
+        features = channels[-1] * (height // 8) * (width // 8)
+        super().__init__(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU())
         for p in self.parameters():
             nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
         self.append(head)
@@ -184,9 +184,8 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, channels=(16, 32, 32), hidden=256):
         super().__init__()
-        sizes = observation_space.shape, channels, hidden
-        self.actor = Actor(*sizes, nn.Linear(hidden, int(action_space.n)))
-        self.critic = Impala(*sizes, PopArt(hidden))
+        self.actor = Actor(observation_space.shape, channels, hidden, nn.Linear(hidden, int(action_space.n)))
+        self.critic = Impala(observation_space.shape, channels, hidden, PopArt(hidden))
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
@@ -212,16 +211,12 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
         for hook in hooks:
             hook.remove()
         for m, name in layers.items():  # _version: an in-place activation has overwritten the output
-            known = type(m) is nn.Linear or (
-                type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode) == (1, (1, 1), "zeros")
-            )
+            conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode) == (1, (1, 1), "zeros")
             once = len(calls[m]) == 1 and calls[m][0][1].dim() == m.weight.dim() and not calls[m][0][1]._version
-            if not known or not once or len(set(owned)) < len(owned):
-                raise TypeError(f"the tape takes Linear, Conv2d called once, not {name} {m}: use --jacobian vmap")
-        grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])
-        for m, g in zip(layers, grads, strict=True):
-            x, params = calls[m][0][0].detach(), list(m.parameters())
-            found = [(x, g, params)]
+            if not (conv or type(m) is nn.Linear) or not once or len(set(owned)) < len(owned):
+                raise TypeError(f"the tape takes Linear and plain Conv2d called once, not {name} {m}: --jacobian vmap")
+        for m, g in zip(layers, torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers]), strict=True):
+            found = [(x := calls[m][0][0].detach(), g, params := list(m.parameters()))]
             if type(m) is nn.Conv2d:  # patches x [B, T, kh * kw * c_in], P [B, c_out * c_in * kh * kw]
                 (kh, kw), (sh, sw), (ph, pw) = m.kernel_size, m.stride, m.padding
                 x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).unfold(1, kh, sh).unfold(2, kw, sw)
@@ -299,8 +294,7 @@ def kaczmarz_step(args: Args, actor: nn.Module, batch: tuple, memory: list | Non
 
 # Rollout and generalised advantage estimation
 class Collector:
-    """Steps the environments; holds what outlives a rollout: last observations, running episodes, R's moments.
-    R is the discounted return so far; its deviation over all steps is the unit of the rewards."""
+    """Steps the environments; holds what outlives a rollout. R is an episode's discounted return so far."""
 
     def __init__(self, envs: Procgen, gamma: float):
         self.envs, self.gamma, self.obs = envs, gamma, envs.env.observe()[1]["rgb"]
@@ -311,20 +305,19 @@ class Collector:
         """T = num_steps steps of N environments, all data, to obs [T + 1, N, 64, 64, 3] uint8, actions, rewards and
         terminated [T, N]. Rewards are divided by the deviation of R up to the rollout's end, then clipped to +-10."""
         obs = torch.empty(num_steps + 1, *self.obs.shape, dtype=torch.uint8, device=device)
-        obs[0], actions, steps = torch.as_tensor(self.obs), [], []
+        obs[0], steps = torch.as_tensor(self.obs), []  # actions, rewards, terminated
         for t in range(num_steps):
-            action, env_action = agent.act(obs[t])
-            self.obs, reward, terminated, _, _ = self.envs.step(env_action.cpu().numpy())
+            action = agent.act(obs[t])[1].cpu().numpy()
+            self.obs, reward, terminated, _, _ = self.envs.step(action)
             self.running = self.running * [[1], [1], [self.gamma]] + [reward, np.ones_like(reward), reward]
             self.moments += [len(reward), self.running[2].sum(), (self.running[2] ** 2).sum()]
             self.finished.extend(map(tuple, self.running[:2, terminated].T.tolist()))
             self.running[:, terminated] = 0
             obs[t + 1] = torch.as_tensor(self.obs)
-            actions.append(action)
-            steps.append(np.stack([reward, terminated]))
+            steps.append(np.stack([action, reward, terminated]))
         mean, square = self.moments[1:] / self.moments[0]
-        rewards, terminated = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)
-        return obs, torch.stack(actions), (rewards / (square - mean**2 + 1e-8) ** 0.5).clamp(-10, 10), terminated
+        actions, rewards, terminated = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)
+        return obs, actions.long(), (rewards / (square - mean**2 + 1e-8) ** 0.5).clamp(-10, 10), terminated
 
 
 def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
@@ -394,10 +387,9 @@ def main(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
     learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
-    envs = Procgen(args, args.seed + global_step)  # a resumed run starts new episodes
-    collector = Collector(envs, args.gamma)
+    collector = Collector(Procgen(args, args.seed + global_step), args.gamma)  # a resumed run starts new episodes
     unseen = Collector(Procgen(args, args.seed + global_step, True), args.gamma) if args.eval_levels else None
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.channels, args.hidden).to(device)
+    agent = Agent(Procgen.single_observation_space, Procgen.single_action_space, args.channels, args.hidden).to(device)
     actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
     if saved:
@@ -449,10 +441,8 @@ def main(args: Args) -> None:
                 memory, norms = None if args.kaczmarz == "paper" else memory, []
                 for _ in range(args.update_epochs):
                     for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-                        phase, old_policy = f"actor update {len(norms) + 1}", Categorical(logits=old_logits[block])
-                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old_policy.log_prob(
-                            actions[block]
-                        )  # [B]
+                        phase, old = f"actor update {len(norms) + 1}", Categorical(logits=old_logits[block])
+                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old.log_prob(actions[block])  # [B]
                         y = advantages[block]
                         y = (y - y.mean()) / (y.std(correction=0) + 1e-8)
                         batch = (obs[block], actions[block], y, log_ratio.exp().clamp(0.1, 10))
@@ -461,7 +451,7 @@ def main(args: Args) -> None:
                         norms.append(norm)
                 policy = actor(obs[block])  # how far this rollout's updates moved the policy, on the last block
                 metrics = {
-                    "rat/kl": kl_divergence(old_policy, policy).mean(),
+                    "rat/kl": kl_divergence(old, policy).mean(),
                     "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # sampled, before the last update
                     "losses/entropy": policy.entropy().mean(),
                     "losses/explained_variance": 1 - advantages.var() / returns.var() / popart.std**2,
@@ -483,8 +473,7 @@ def main(args: Args) -> None:
         except (FloatingPointError, MemoryError) as error:
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-
-        wall_seconds = time.time() - started
+        wall = time.time() - started
         episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
         metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
         if unseen:  # the last evaluation's, nan before the first one
@@ -492,8 +481,8 @@ def main(args: Args) -> None:
                 unseen.finished.clear()
                 unseen.collect(agent, args.num_steps, device)
             metrics["charts/eval_return"] = np.mean([episode[0] for episode in unseen.finished] or math.nan).item()
-        metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": global_step / wall_seconds}
-        metrics["charts/wall_seconds"] = wall_seconds
+        metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": global_step / wall}
+        metrics |= {"charts/wall_seconds": wall}
         logger.write(global_step, metrics)
         factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
         learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
