@@ -380,7 +380,7 @@ def main(args: Args) -> None:
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     saved = load_checkpoint(args, checkpoint) if args.resume else {}
-    stop = []  # holds the signal that asked for the end; async workers inherit the handler, so Ctrl-C leaves them alive
+    stop = []  # holds the signal that asked for the end
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     torch.manual_seed(args.seed)
@@ -395,8 +395,7 @@ def main(args: Args) -> None:
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        collector.finished.extend(saved["episodes"])
-        collector.moments[:] = saved["moments"]
+        collector.finished, collector.moments = deque(saved["episodes"], 100), np.array(saved["moments"])
         memory = memory and [d.to(device) for d in memory]
         torch.set_rng_state(saved["rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
@@ -411,9 +410,8 @@ def main(args: Args) -> None:
         return {
             "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
             "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": time.time() - started, "episodes": list(collector.finished),
-            "moments": collector.moments.tolist(), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
+            "moments": collector.moments.tolist(), "cuda_rng": torch.cuda.get_rng_state_all(),
         }  # fmt: skip
 
     def save(state: dict) -> None:
@@ -473,7 +471,7 @@ def main(args: Args) -> None:
         except (FloatingPointError, MemoryError) as error:
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-        wall = time.time() - started
+        metrics["charts/wall_seconds"] = wall = time.time() - started
         episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
         metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
         if unseen:  # the last evaluation's, nan before the first one
@@ -482,7 +480,6 @@ def main(args: Args) -> None:
                 unseen.collect(agent, args.num_steps, device)
             metrics["charts/eval_return"] = np.mean([episode[0] for episode in unseen.finished] or math.nan).item()
         metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": global_step / wall}
-        metrics |= {"charts/wall_seconds": wall}
         logger.write(global_step, metrics)
         factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
         learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
