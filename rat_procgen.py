@@ -227,7 +227,7 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
                 whole = rows.setdefault(tuple(params), [t.new_empty(len(obs), t.shape[1]) for t in (x, g)])
                 whole[0][part], whole[1][part] = x, g
         if start == 0:  # of one sample, to learn how many fit: values, gradients, what pooling and patches add
-            used = sum(x.nbytes + 3 * z.nbytes for [(x, z)] in calls.values())
+            used = sum(x.nbytes + 5 * z.nbytes for [(x, z)] in calls.values())
             spare = memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
             if spare < used:
                 raise MemoryError(f"--kernel-memory {memory} is too little for blocks of {len(obs)} samples, raise it")
