@@ -231,7 +231,7 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
             spare = memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
             if spare < used:
                 raise MemoryError(f"--kernel-memory {memory} is too little for blocks of {len(obs)} samples, raise it")
-        start, size = part.stop, spare // used
+        start, size = part.stop, int(spare // used)
     return [(x, g, list(params)) for params, (x, g) in rows.items()]
 
 
