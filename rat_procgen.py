@@ -221,7 +221,7 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
                 (kh, kw), (sh, sw), (ph, pw) = m.kernel_size, m.stride, m.padding
                 x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).unfold(1, kh, sh).unfold(2, kw, sw)
                 p = g.flatten(2) @ x.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
-                p = p.unflatten(2, (kh, kw, -1)).permute(0, 1, 4, 2, 3).flatten(1)
+                p = p.unflatten(2, (kh * kw, -1)).transpose(2, 3).flatten(1)  # in the order of the weight
                 found = [(x.new_ones(len(x), 1), t, [q]) for t, q in zip((p, g.sum((2, 3))), params, strict=False)]
             for x, g, params in found:
                 whole = rows.setdefault(tuple(params), [t.new_empty(len(obs), t.shape[1]) for t in (x, g)])
