@@ -9,8 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import gymnasium as gym
@@ -48,8 +50,40 @@ def load_checkpoint(path: Path) -> dict:
     return state if known else fail(f"{path} is from {name!r}, there is no such script next to enjoy.py.")
 
 
-def make_env(env_id: str, render: bool) -> gym.Env:
-    """One environment, with a trial of its rendering; refuse one that Gymnasium cannot make or render."""
+class ProcgenGame(gym.Env):
+    """One Procgen game on the levels that the checkpoint was trained on, as Gymnasium's environments play.
+
+    Procgen starts the next episode within the step that ends one, so that the last frame shown is already the next
+    episode's first, and reset only says where that begins."""
+
+    metadata = {"render_fps": 15}  # noqa: RUF012
+
+    def __init__(self, module: ModuleType, args: dict, render: bool):
+        known = {field.name for field in fields(module.Args)}
+        self.args = module.Args(**{name: value for name, value in args.items() if name in known} | {"num_envs": 1})
+        self.make, self.games = partial(module.Procgen, render_mode="rgb_array" if render else None), None
+        self.observation_space = module.Procgen.single_observation_space
+        self.action_space = module.Procgen.single_action_space
+        self.spec = gym.envs.registration.EnvSpec(args["env_id"])
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if self.games is None or seed is not None:
+            self.games = self.make(self.args, seed or 0)
+        return self.games.env.observe()[1]["rgb"][0], {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        obs, reward, terminated, truncated, info = self.games.step(action[None])
+        return obs[0], reward[0], terminated[0], truncated[0], info
+
+    def render(self) -> np.ndarray:
+        return self.games.env.get_info()[0]["rgb"]
+
+
+def make_env(state: dict, render: bool) -> gym.Env:
+    """One environment, with a trial of its rendering; refuse one that cannot be made or rendered."""
+    env_id = state["args"]["env_id"]
+    if hasattr(module := importlib.import_module(state["algorithm"]), "Procgen"):
+        return ProcgenGame(module, state["args"], render)
     gym.logger.min_level = gym.logger.ERROR  # "v4 is out of date" was the training run's choice
     if render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo reads it when it is imported, by gym.make
@@ -70,8 +104,8 @@ def load_agent(state: dict, env: gym.Env) -> nn.Module:
     """The Agent of the script that wrote the checkpoint."""
     module = importlib.import_module(state["algorithm"])
     try:
-        shared = {"shared": True} if state["args"].get("shared") else {}  # where a script has both kinds of network
-        agent = module.Agent(env.observation_space, env.action_space, **shared)
+        networks = {name: state["args"][name] for name in ("shared", "channels", "hidden") if name in state["args"]}
+        agent = module.Agent(env.observation_space, env.action_space, **networks)
         agent.load_state_dict(state["agent"])
     except Exception as error:  # other spaces, other sizes, no Agent
         fail(f"the checkpoint does not fit {module.__name__}.py on {env.spec.id} ({type(error).__name__}).")
@@ -99,7 +133,7 @@ def recorder(env: gym.Env, path: Path) -> Iterator[Callable[[], None]]:
         with imageio.get_writer(partial, **options) as writer:
             yield record
         with suppress(RuntimeError):  # FFmpeg reads what it wrote: imageio does not tell that the disk was full
-            if count_frames_and_secs(partial)[0] == frames:
+            if count_frames_and_secs(str(partial))[0] == frames:
                 partial.replace(path)
                 return
         fail(f"--video {path} cannot be written: FFmpeg left it incomplete.")
@@ -134,7 +168,7 @@ def main(args: Args) -> None:
     if args.video and args.video.suffix != ".mp4":
         fail(f"--video {args.video} must end in .mp4.")
     state = load_checkpoint(args.checkpoint)
-    with make_env(state["args"]["env_id"], args.video is not None) as env:  # closed also on failure: EGL is noisy else
+    with make_env(state, args.video is not None) as env:  # closed also on failure: EGL is noisy else
         agent = load_agent(state, env)
         with recorder(env, args.video) if args.video else nullcontext(lambda: None) as record:
             returns, lengths = play(agent, env, args, record)

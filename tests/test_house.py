@@ -17,6 +17,7 @@ CORES = {
     "npg_cg": "natural_gradient",
     "npg_rank1": "rank1_direction",
     "sophia_ppo": "Sophia",
+    "rat_procgen": "rat_direction",
 }
 LONGER_CORES = {"acktr": 110}  # lines: statistics, eigenbases and step of two methods, for two kinds of layers
 # Names whose source is a script's own: everywhere, or in one script for the reason given.
@@ -25,6 +26,16 @@ DIFFERS = {
     "acktr": {"Actor": "may hold the value head", "Agent": "actor and critic may share a trunk"},
     "rat_shared": {"make_envs": "takes Discrete actions too", "Agent": "actor and critic share a trunk"},
     "sophia_ppo": {"Agent": "actor and critic may share a trunk"},
+    "rat_procgen": {
+        "check_args": "level numbers may be 0, channels are three numbers",
+        "Actor": "convolutions and a Categorical",
+        "Agent": "convolutions, no observation statistics",
+        "tape_scores": "takes convolutions, in chunks",
+        "vmap_scores": "observations are bytes, ones made like them would be too",
+        "rat_direction": "passes --kernel-memory on",
+        "kaczmarz_step": "passes --kernel-memory on",
+        "Collector": "bytes, resets within the step, scaled rewards",
+    },
 }
 
 
@@ -66,7 +77,7 @@ def test_core_is_one_short_function(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_argument_is_read_and_explained(script):
     source = (ROOT / f"{script}.py").read_text()
-    fields = re.findall(r"^    (\w+): .*? = \S+(.*)$", definitions(script)["Args"], re.MULTILINE)
+    fields = re.findall(r"^    (\w+): .*? = (?:\(.*?\)|\S+)(.*)$", definitions(script)["Args"], re.MULTILINE)
     assert len(fields) > 10
     for name, comment in fields:
         assert comment.startswith("  # "), f"{name} has no help text"
