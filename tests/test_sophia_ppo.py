@@ -197,9 +197,9 @@ def test_annealing_and_target_kl(tmp_path, monkeypatch):
 
 
 LEARNS = {
-    "sophia": ["--optimizer", "sophia", "--num-minibatches", 8],
+    "sophia": ["--optimizer", "sophia", "--num-minibatches", 8, "--no-anneal-lr"],
     "diag": ["--optimizer", "diag", "--num-minibatches", 4],
-    "adam, shared": ["--shared", "--num-minibatches", 8],
+    "adam, shared": ["--shared", "--num-minibatches", 8, "--no-anneal-lr"],
 }
 
 
