@@ -320,7 +320,7 @@ def main(args: Args) -> None:
         else:
             show(args, runs)
     except OSError as error:
-        fail(f"{error.filename} cannot be written ({error.strerror}), name a folder that exists.")
+        fail(f"{error.filename or 'standard output'} cannot be written ({error.strerror}).")
 
 
 if __name__ == "__main__":
