@@ -39,8 +39,8 @@ class Args:
     ekfac: bool = False  # second moments measured in the eigenbasis of the factors, instead of their eigenvalues
     update_epochs: int = 4  # passes of K-FAC over the rollout
     num_minibatches: int = 4  # blocks in a pass, each of num_envs * num_steps / num_minibatches samples
-    learning_rate: float | None = None  # first and largest K-FAC step size; default 0.01, with --shared 0.001
-    damping: float = 1e-3  # added to the eigenvalues of a layer's Fisher block, > 0
+    learning_rate: float = 0.01  # first and largest K-FAC step size
+    damping: float = 0.01  # added to the eigenvalues of a layer's Fisher block, > 0
     kl_clip: float = 1e-3  # bound on lr^2 v.grad, twice the KL that the quadratic model predicts for a step
     stat_decay: float = 0.95  # share of the old statistics in the running averages, in (0, 1)
     inverse_interval: int = 10  # updates between eigendecompositions of the factors
@@ -201,7 +201,7 @@ class KFAC(torch.optim.Optimizer):
     for any other module with parameters than Linear and plain Conv2d, and for one that a pass calls twice or never."""
 
     def __init__(
-        self, model: nn.Module, lr: float, damping: float = 1e-3, kl_clip: float = 1e-3, stat_decay: float = 0.95,
+        self, model: nn.Module, lr: float, damping: float = 0.01, kl_clip: float = 1e-3, stat_decay: float = 0.95,
         inverse_interval: int = 10, ekfac: bool = False, momentum: float = 0.9,
     ):  # fmt: skip
         self.layers, self.calls = {m: name for name, m in model.named_modules() if m._parameters}, []
@@ -363,7 +363,6 @@ def main(args: Args) -> None:
     check_args(args)
     if args.stat_decay >= 1:
         fail(f"--stat-decay {args.stat_decay} must lie in (0, 1).")
-    args.learning_rate = args.learning_rate or (0.001 if args.shared else 0.01)
     args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")

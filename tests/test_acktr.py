@@ -393,8 +393,8 @@ def test_stat_decay_of_one_is_refused(tmp_path, capsys):
 def test_learns_inverted_pendulum(options, tmp_path, capsys):
     """As test_runs.py's test of the same name, which is the fourth of these."""
     train("acktr", *SMALL, "--num-envs", 8, "--num-steps", 64, "--total-timesteps", 40_000, "--update-epochs", 2,
-          "--num-minibatches", 4, "--inverse-interval", 10, "--learning-rate", 0.01, "--damping", 0.01, *options,
-          "--output-dir", tmp_path, "--run-name", "learn")  # fmt: skip
+          "--num-minibatches", 4, "--inverse-interval", 10, *options, "--output-dir", tmp_path,
+          "--run-name", "learn")  # fmt: skip
     capsys.readouterr()
     enjoy.main(enjoy.Args(tmp_path / "learn" / "checkpoint.pt", stochastic=True, json=True))
     assert json.loads(capsys.readouterr().out)["return_mean"] >= 800

@@ -25,18 +25,7 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
     "sophia_ppo": ["--num-steps", 32, "--update-epochs", 5, "--num-minibatches", 8, "--learning-rate", 1e-3],
-    "acktr": [
-        "--total-timesteps",
-        40_000,
-        "--damping",
-        0.01,
-        "--update-epochs",
-        2,
-        "--num-minibatches",
-        4,
-        "--inverse-interval",
-        10,
-    ],
+    "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4, "--inverse-interval", 10],
 }
 SETTINGS = {  # the settings that no other test has
     "rat_continuous": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
