@@ -372,8 +372,8 @@ def test_the_fisher_is_the_true_one(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [[], ["--shared"]])
 def test_learning_rate_follows_the_kl(options, tmp_path):
-    train("acktr", *SMALL, "--total-timesteps", 64 * 40, "--learning-rate", 0.003, *options, "--output-dir", tmp_path,
-          "--run-name", "x")  # fmt: skip
+    train("acktr", *SMALL, "--total-timesteps", 64 * 40, "--learning-rate", 0.003, "--damping", 0.001, *options,
+          "--output-dir", tmp_path, "--run-name", "x")  # fmt: skip
     factors, low = set(), 0.005 if options else 0.004
     rows = [{name: float(value) for name, value in row.items()} for row in read_csv(tmp_path / "x")]
     for row, following in itertools.pairwise(rows):
