@@ -349,6 +349,7 @@ class Logger:
 # Training
 def main(args: Args) -> None:
     """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
+    args.cg_iterations = (15 if args.line_search else 10) if args.cg_iterations is None else args.cg_iterations
     check_args(args)
     args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
@@ -361,7 +362,6 @@ def main(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
     learning_rate = saved.get("learning_rate", args.learning_rate)
-    cg_iterations = args.cg_iterations or (15 if args.line_search else 10)
     epochs, size = (1, batch_size) if args.line_search else (args.update_epochs, batch_size // args.num_minibatches)
     envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
     collector = Collector(envs, obs)
@@ -426,7 +426,7 @@ def main(args: Args) -> None:
                 log_prob = actor(obs[block]).log_prob(actions[block])  # [B]
                 weights = (log_prob.detach() - old_log_prob[block]).exp().clamp(0.1, 10) * share  # [B]
                 g = flatten(torch.autograd.grad(log_prob @ (weights * y / rms), parameters))  # [p]
-                d = natural_gradient(actor, obs[block], g, args.damping, cg_iterations, valid[block])  # [p]
+                d = natural_gradient(actor, obs[block], g, args.damping, args.cg_iterations, valid[block])  # [p]
                 curvature = d @ g  # d^T (F + lambda I) d: CG's residual is orthogonal to d, up to rounding
                 if len(norms) + 1 == len(blocks):
                     left = g - fisher_product(actor, obs[block], valid[block])(d) - args.damping * d
@@ -452,7 +452,7 @@ def main(args: Args) -> None:
                     "npg/direction_norm": torch.stack(norms).mean(),
                     "npg/step_size": torch.stack(steps).mean(),  # what multiplies the direction; 0: no step
                     "npg/cg_residual": left.norm() / g.norm().clamp(min=1e-12),  # |g - (F + lambda I) d| / |g|
-                    "npg/ratio_max": log_ratio[valid[block] > 0].max().exp(),
+                    "npg/ratio_max": torch.where(share > 0, log_ratio, -torch.inf).max().exp(),
                     "npg/advantage_rms": rms,
                 }
 

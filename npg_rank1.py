@@ -396,7 +396,7 @@ def main(args: Args) -> None:
                     "losses/explained_variance": explained,
                     "npg/direction_norm": torch.stack(norms).mean(),
                     "npg/score_norm": u.norm(),  # of the last update; its square to hold against damping
-                    "npg/ratio_max": log_ratio[valid[block] > 0].max().exp(),
+                    "npg/ratio_max": torch.where(share > 0, log_ratio, -torch.inf).max().exp(),
                     "npg/advantage_rms": rms,
                 }
 

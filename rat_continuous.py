@@ -450,7 +450,7 @@ def main(args: Args) -> None:
                     "losses/explained_variance": explained,
                     "rat/direction_norm": torch.stack(norms).mean(),
                     "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
-                    "rat/ratio_max": log_ratio[valid[block] > 0].max().exp(),
+                    "rat/ratio_max": torch.where(share > 0, log_ratio, -torch.inf).max().exp(),
                     "rat/advantage_rms": rms,
                 }
 

@@ -38,10 +38,9 @@ class Args:
     num_levels: int = 200  # training levels, 0: all there are
     start_level: int = 0  # first training level
     eval_levels: int = 1000  # unseen levels, those after the training levels, for the evaluation; 0: none
-    eval_interval: int = 25  # iterations between evaluations, each a rollout that is not learned from
+    eval_interval: int = 25  # iterations between evaluations of num_envs episodes each
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three convolutional stages, actor and critic
     hidden: int = 256  # units of the layer after them
-    kaczmarz: Literal["paper", "release", "off"] = "paper"  # what a block remembers of those before: kaczmarz_step
     jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or from all of H (any module)
     kernel_memory: int = 512  # MiB that the tape may take for a block, without the kernel
     update_epochs: int = 4  # actor passes over the rollout
@@ -72,7 +71,7 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
 def check_args(args: Args) -> None:
     """Refuse values that cannot work."""
-    batch_size, levels = args.num_envs * args.num_steps, args.start_level + args.num_levels + args.eval_levels
+    batch_size = args.num_envs * args.num_steps
     for name, value in [*vars(args).items(), *(("channels", c) for c in args.channels)]:
         flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" or "level" in name else 1
         if type(value) is int and not least <= value < 2**31:
@@ -87,8 +86,10 @@ def check_args(args: Args) -> None:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
-    if levels >= 2**31 or (args.eval_levels and not args.num_levels):
-        fail(f"--eval-levels {args.eval_levels} does not fit between --start-level plus --num-levels and 2**31, use 0.")
+    if not args.num_levels and (args.start_level or args.eval_levels):
+        fail("--num-levels 0 takes all levels: none is first or unseen, use --start-level 0 --eval-levels 0.")
+    if args.start_level + args.num_levels + args.eval_levels >= 2**31:
+        fail(f"--start-level {args.start_level}: it, --num-levels and --eval-levels must add up to less than 2**31.")
 
 
 class Procgen:
@@ -154,7 +155,7 @@ class Residual(nn.Sequential):
 
 class Impala(nn.Sequential):
     """Espeholt et al. 2018: three stages that halve the image, a hidden layer and a head, [B, h, w, 3] to [B, d].
-    Initialised as there (Glorot): PyTorch's default leaves a new policy's scores far below the damping."""
+    Glorot initialisation up to the head: PyTorch's default leaves a new policy's scores far below the damping."""
 
     def __init__(self, shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module):
         layers, (height, width, planes) = [], shape
@@ -224,8 +225,10 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
                 p = p.unflatten(2, (kh * kw, -1)).transpose(2, 3).flatten(1)  # in the order of the weight
                 found = [(x.new_ones(len(x), 1), t, [q]) for t, q in zip((p, g.sum((2, 3))), params, strict=False)]
             for x, g, params in found:
-                whole = rows.setdefault(tuple(params), [t.new_empty(len(obs), t.shape[1]) for t in (x, g)])
-                whole[0][part], whole[1][part] = x, g
+                if start == 0:
+                    rows[tuple(params)] = [t.new_empty(len(obs), t.shape[1]) for t in (x, g)]
+                for whole, t in zip(rows[tuple(params)], (x, g), strict=True):
+                    whole[part] = t
         if start == 0:  # of one sample, to learn how many fit: values, gradients, what pooling and patches add
             used = sum(x.nbytes + 5 * z.nbytes for [(x, z)] in calls.values())
             spare = memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
@@ -276,22 +279,6 @@ def rat_direction(
         return [direction[p] + memory[p] if memory else direction[p] for p in actor.parameters()]
 
 
-def kaczmarz_step(args: Args, actor: nn.Module, batch: tuple, memory: list | None) -> tuple[list, Tensor, list | None]:
-    """Direction to apply for the block (obs, actions, y, w), its l2 norm before the clip, memory for the next block.
-
-    paper:   g_j of (3), clipped only when applied; remembers g_j within a rollout.
-    release: d_j = clip(increment for y + H d_{j-1}); remembers d_j across rollouts. The published code's rule: against
-             (3), the sign of H d is flipped and increments do not accumulate.
-    off:     the increment for y, equation (1) on every block; remembers nothing."""
-    previous = [-d for d in memory] if memory and args.kaczmarz == "release" else memory
-    direction = rat_direction(actor, *batch, args.damping, previous, args.jacobian, args.kernel_memory)
-    if memory and args.kaczmarz == "release":
-        direction = [g + d for g, d in zip(direction, memory, strict=True)]
-    norm = nn.utils.get_total_norm(direction)
-    applied = [g * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1) for g in direction]  # (4)
-    return applied, norm, {"paper": direction, "release": applied, "off": None}[args.kaczmarz]
-
-
 # Rollout and generalised advantage estimation
 class Collector:
     """Steps the environments; holds what outlives a rollout. R is an episode's discounted return so far."""
@@ -320,6 +307,19 @@ class Collector:
         return obs, actions.long(), (rewards / (square - mean**2 + 1e-8) ** 0.5).clamp(-10, 10), terminated
 
 
+def evaluate(args: Args, agent: Agent, seed: int, device: torch.device) -> float:
+    """Mean return on unseen levels, of the first episode of each of num_envs new environments, played to its end."""
+    envs, returns, live = Procgen(args, seed, unseen=True), np.zeros(args.num_envs), np.ones(args.num_envs, bool)
+    obs = envs.env.observe()[1]["rgb"]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
+        while live.any():
+            action = agent.act(torch.as_tensor(obs, device=device))[1].cpu().numpy()
+            obs, rewards, terminated, _, _ = envs.step(action)
+            returns += rewards * live
+            live &= ~terminated
+    return returns.mean().item()
+
+
 def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
     """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
     advantages, trace = torch.zeros_like(rewards), 0.0
@@ -337,7 +337,7 @@ def load_checkpoint(args: Args, path: Path) -> dict:
         theirs = {"algorithm": saved["algorithm"], **saved["args"]}
     except Exception as error:
         fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
-    free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
+    free = ("total_timesteps", "checkpoint_interval", "device", "output_dir", "resume", "kernel_memory")
     for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
         if name not in free and theirs.get(name) != value:
             fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
@@ -386,9 +386,8 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     batch_size = args.num_envs * args.num_steps
     global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
-    learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
+    learning_rate, eval_return = saved.get("learning_rate", args.learning_rate), saved.get("eval_return", math.nan)
     collector = Collector(Procgen(args, args.seed + global_step), args.gamma)  # a resumed run starts new episodes
-    unseen = Collector(Procgen(args, args.seed + global_step, True), args.gamma) if args.eval_levels else None
     agent = Agent(Procgen.single_observation_space, Procgen.single_action_space, args.channels, args.hidden).to(device)
     actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
@@ -396,9 +395,9 @@ def main(args: Args) -> None:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         collector.finished, collector.moments = deque(saved["episodes"], 100), np.array(saved["moments"])
-        memory = memory and [d.to(device) for d in memory]
         torch.set_rng_state(saved["rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
     try:
         folder.mkdir(parents=True, exist_ok=args.resume)
         (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
@@ -408,10 +407,11 @@ def main(args: Args) -> None:
 
     def state() -> dict:
         return {
-            "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
+            "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "eval_return": eval_return,
             "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
             "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
-            "moments": collector.moments.tolist(), "cuda_rng": torch.cuda.get_rng_state_all(),
+            "moments": collector.moments.tolist(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
         }  # fmt: skip
 
     def save(state: dict) -> None:
@@ -436,7 +436,7 @@ def main(args: Args) -> None:
                 popart.update(returns)
                 returns = ((returns - popart.mean) / popart.std).float()
                 old_logits = torch.cat([actor(part).logits for part in obs.split(512)])  # [T * N, 15]
-                memory, norms = None if args.kaczmarz == "paper" else memory, []
+                g, norms = None, []  # g_0 = 0
                 for _ in range(args.update_epochs):
                     for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
                         phase, old = f"actor update {len(norms) + 1}", Categorical(logits=old_logits[block])
@@ -444,9 +444,10 @@ def main(args: Args) -> None:
                         y = advantages[block]
                         y = (y - y.mean()) / (y.std(correction=0) + 1e-8)
                         batch = (obs[block], actions[block], y, log_ratio.exp().clamp(0.1, 10))
-                        applied, norm, memory = kaczmarz_step(args, actor, batch, memory)
-                        torch._foreach_add_(list(actor.parameters()), applied, alpha=learning_rate)  # (4)
-                        norms.append(norm)
+                        g = rat_direction(actor, *batch, args.damping, g, args.jacobian, args.kernel_memory)  # g_j, (3)
+                        norms.append(nn.utils.get_total_norm(g))
+                        eta = learning_rate * (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1)
+                        torch._foreach_add_(list(actor.parameters()), torch._foreach_mul(g, eta))  # (4)
                 policy = actor(obs[block])  # how far this rollout's updates moved the policy, on the last block
                 metrics = {
                     "rat/kl": kl_divergence(old, policy).mean(),
@@ -474,11 +475,9 @@ def main(args: Args) -> None:
         metrics["charts/wall_seconds"] = wall = time.time() - started
         episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
         metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
-        if unseen:  # the last evaluation's, nan before the first one
-            if global_step // batch_size % args.eval_interval == 0:
-                unseen.finished.clear()
-                unseen.collect(agent, args.num_steps, device)
-            metrics["charts/eval_return"] = np.mean([episode[0] for episode in unseen.finished] or math.nan).item()
+        if args.eval_levels and global_step // batch_size % args.eval_interval == 0:
+            eval_return = evaluate(args, agent, args.seed + global_step, device)
+        metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
         metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": global_step / wall}
         logger.write(global_step, metrics)
         factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1

@@ -463,7 +463,7 @@ def main(args: Args) -> None:
                     "losses/entropy": policy.entropy() @ share,
                     "losses/explained_variance": 1 - advantages[used].var() / returns[used].var() / popart.std**2,
                     "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
-                    "rat/ratio_max": log_ratio[used[block]].max().exp(),
+                    "rat/ratio_max": torch.where(share > 0, log_ratio, -torch.inf).max().exp(),
                     "rat/advantage_rms": rms,
                 }
             metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))

@@ -195,9 +195,9 @@ class Agent(nn.Module):
 
 # The algorithm's core: Sophia, the Fisher matrix's diagonal, the step
 class Sophia(torch.optim.Optimizer):
-    """Sophia-G (Liu et al. 2023, Algorithm 3) without weight decay: theta -= lr clip(m / max(rho h, 1e-12), +-1), where
-    m averages p.grad and h averages B g^2, g being the gradient of the mean log-likelihood of B samples drawn from the
-    model (Gauss-Newton-Bartlett): in expectation the diagonal of its Fisher matrix."""
+    """Sophia-G (Liu et al. 2023) without weight decay: theta -= lr clip(m / max(rho h, 1e-12), +-1), where m averages
+    p.grad and h averages B g^2, g being the gradient of the mean log-likelihood of B samples drawn from the model
+    (Gauss-Newton-Bartlett): in expectation the diagonal of its Fisher matrix."""
 
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.965, 0.99), rho: float = 0.04):
         super().__init__(params, {"lr": lr, "betas": betas, "rho": rho, "updates": 0})
@@ -225,7 +225,8 @@ class Sophia(torch.optim.Optimizer):
 def log_likelihood(agent: Agent, obs: Tensor, actions: Tensor | None = None) -> Tensor:
     """Log pi [B] of actions, by default drawn; shared: plus a sampled likelihood of V, with the score 2 eps grad V."""
     policy, value = agent(obs, valued=agent.shared)
-    log_prob = policy.log_prob(policy.sample() if actions is None else actions)
+    drawn = policy.mean + policy.stddev * torch.randn_like(policy.mean)
+    log_prob = policy.log_prob(drawn.detach() if actions is None else actions)
     return log_prob - (value - (value + torch.randn_like(value)).detach()).square() if agent.shared else log_prob
 
 
@@ -239,8 +240,7 @@ def fisher_diagonal(agent: Agent, obs: Tensor, actions: Tensor, share: Tensor) -
         hook.remove()
     for (layer, (x,), _), g in zip(calls, torch.autograd.grad(total, [z for _, _, z in calls]), strict=True):
         squares = share[:, None] * g.square()  # [B, d_out]
-        means = squares.T @ x.detach().square(), squares.sum(0)  # of the weight, of the bias where there is one
-        diagonal |= dict(zip(layer.parameters(), means, strict=False))
+        diagonal |= dict(zip(layer.parameters(), (squares.T @ x.detach().square(), squares.sum(0)), strict=False))
     return diagonal
 
 
@@ -252,8 +252,8 @@ def value_loss(args: Args, value: Tensor, old_value: Tensor, returns: Tensor) ->
 
 def policy_step(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, batch: tuple) -> Tensor:
     """One update of the actor, with --shared of all, on the block (obs, actions, log pi_old, V_old, R, y, share), where
-    share [B] is 1/n for n valid samples: x @ share is a mean. Returns [4], before the update: gradient norm, sampled
-    KL, share of ratios outside the clip range, critic's loss (0 unless shared)."""
+    share [B] is 1/n for n valid samples: x @ share is a mean. Returns [5], before the update: gradient norm, sampled
+    KL, share of ratios outside the clip range, critic's loss (0 unless shared), policy's loss."""
     obs, actions, old_log_prob, old_value, returns, y, share = batch
     policy, value = agent(obs, valued=args.shared)
     log_ratio = policy.log_prob(actions) - old_log_prob  # [B]
@@ -271,9 +271,10 @@ def policy_step(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, batc
     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
     if args.optimizer == "sophia" and optimizer.param_groups[0]["updates"] % 10 == 0:
-        optimizer.update_hessian(torch.autograd.grad(log_likelihood(agent, obs) @ share, parameters), 1 / share.max())
+        estimate = torch.autograd.grad(log_likelihood(agent, obs) @ share, parameters)
+        optimizer.update_hessian(estimate, (share > 0).sum())
     outside = ((ratio - 1).abs() > args.clip_coef).float()
-    return torch.stack([norm, (ratio - 1 - log_ratio) @ share, outside @ share, error @ share]).detach()
+    return torch.stack([norm, *(x @ share for x in (ratio - 1 - log_ratio, outside, error, loss))]).detach()
 
 
 # Rollout and generalised advantage estimation
@@ -458,13 +459,13 @@ def main(args: Args) -> None:
                     critic_optimizer.step()
                     losses.append(loss.detach())
             with torch.no_grad():  # over the rollout: how far its updates moved the policy
-                share, (policy, _) = valid / valid.sum(), agent(obs)
+                share, (policy, _), means = valid / valid.sum(), agent(obs), logged.mean(0)
                 metrics = {
                     "ppo/kl": kl_divergence(old_policy, policy) @ share, "losses/approx_kl": approx_kl,
                     "losses/entropy": policy.entropy() @ share, "ppo/advantage_rms": rms,
                     "losses/explained_variance": 1 - advantages[used].var() / returns[used].var() / popart.std**2,
-                    "losses/value_loss": torch.stack(losses).mean() if losses else logged[:, 3].mean(),
-                    "losses/clipfrac": logged[:, 2].mean(), "ppo/gradient_norm": logged[:, 0].mean(),
+                    "losses/value_loss": torch.stack(losses).mean() if losses else means[3],
+                    "losses/clipfrac": means[2], "losses/policy_loss": means[4], "ppo/gradient_norm": means[0],
                     "ppo/ratio_max": (policy.log_prob(actions) - data[2])[used].max().exp(),
                 }  # fmt: skip
             metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
@@ -481,7 +482,8 @@ def main(args: Args) -> None:
         metrics["charts/SPS"] = global_step / wall_seconds
         logger.write(global_step, metrics)
         if args.optimizer == "diag":
-            factor = 1 / 1.5 if metrics["ppo/kl"] > 0.016 else 1.5 if metrics["ppo/kl"] < 0.004 else 1
+            low = 0.005 if args.shared else 0.004
+            factor = 1 / 1.5 if metrics["ppo/kl"] > 4 * low else 1.5 if metrics["ppo/kl"] < low else 1
             group["lr"] = min(max(group["lr"] * factor, 1e-4), args.learning_rate)
         if global_step // batch_size % args.checkpoint_interval == 0:
             save(state())

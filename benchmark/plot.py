@@ -29,7 +29,8 @@ STYLES = [  # of METHODS and two more; colour, dashes and marker each suffice to
     ("#cc79a7", "-", "P"), ("#8c510a", "-.", "X"), ("#e69f00", "-", "*"), ("#6a3d9a", ":", "<"), ("#7f7f7f", "-.", ">"),
     ("#b30000", "--", "p"), ("#808000", ":", "h"),
 ]  # fmt: skip
-KEPT = ["global_step", "episodic_return", "kl", "approx_kl", "entropy", "value_loss", "learning_rate", "wall_seconds"]
+KEPT = ["global_step", "episodic_return", "kl", "approx_kl", "entropy", "explained_variance", "value_loss"]
+KEPT += ["direction_norm", "cg_residual", "learning_rate", "wall_seconds"]
 
 
 @dataclass
@@ -296,7 +297,7 @@ def show(args: Args, runs: list[Run]) -> None:
     if args.profile and not common:
         fail("--profile needs an environment that has a published return and a run of every method.")
 
-    look = styles(methods)
+    look = styles(methods) if args.out or args.wall_clock or args.profile else {}
     if args.out:
         picture_of_curves(args.out, groups, look, "global_step", 1e6)
     if args.wall_clock:

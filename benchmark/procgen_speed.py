@@ -40,12 +40,11 @@ def make_update(method: str, args: Args) -> Callable[[], None]:
     actions = torch.randint(15, (args.samples,), device=args.device)
     batch = (obs, actions, torch.randn(args.samples, device=args.device), torch.ones(args.samples, device=args.device))
     memory = [torch.zeros_like(p) for p in actor.parameters()]
-    settings = rat_procgen.Args(jacobian=method, kernel_memory=args.kernel_memory)
 
     def update() -> None:
-        applied = rat_procgen.kaczmarz_step(settings, actor, batch, memory)[0]
+        direction = rat_procgen.rat_direction(actor, *batch, 0.1, memory, method, args.kernel_memory)
         with torch.no_grad():
-            torch._foreach_add_(list(actor.parameters()), applied, alpha=1e-6)
+            torch._foreach_add_(list(actor.parameters()), direction, alpha=1e-6)
         if args.device == "cuda":
             torch.cuda.synchronize()
 

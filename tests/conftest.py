@@ -58,3 +58,14 @@ def score_matrix(actor, obs, actions):
     named = {name: p.detach() for name, p in actor.named_parameters()}
     rows = jacrev(lambda named: functional_call(actor, named, obs.double()).log_prob(actions.double()))(named)
     return torch.cat([rows[name].flatten(1) for name in named], 1)
+
+
+def same(a, b):
+    """Whether two states, such as what a checkpoint holds, are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

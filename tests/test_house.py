@@ -33,7 +33,7 @@ DIFFERS = {
         "tape_scores": "takes convolutions, in chunks",
         "vmap_scores": "observations are bytes, ones made like them would be too",
         "rat_direction": "passes --kernel-memory on",
-        "kaczmarz_step": "passes --kernel-memory on",
+        "load_checkpoint": "--kernel-memory may change",
         "Collector": "bytes, resets within the step, scaled rewards",
     },
 }

@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, command, environment, read_csv, run, train
+from conftest import SCRIPTS, command, environment, read_csv, run, same, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import enjoy
@@ -128,16 +128,6 @@ def test_resume_restores_everything_but_the_environments(script, tmp_path):
     assert after.pop("args") == before.pop("args") | {"resume": True}
     assert after.pop("wall_seconds") > before.pop("wall_seconds") > 0
     assert len(before["episodes"]) > 0 and before["global_step"] == 640
-
-    def same(a, b):
-        if isinstance(a, torch.Tensor):
-            return torch.equal(a, b)
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-        if isinstance(a, list | tuple):
-            return len(a) == len(b) and all(map(same, a, b))
-        return a == b
-
     assert all(same(before[key], after[key]) for key in before), [k for k in before if not same(before[k], after[k])]
 
 
