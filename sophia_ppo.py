@@ -225,8 +225,7 @@ class Sophia(torch.optim.Optimizer):
 def log_likelihood(agent: Agent, obs: Tensor, actions: Tensor | None = None) -> Tensor:
     """Log pi [B] of actions, by default drawn; shared: plus a sampled likelihood of V, with the score 2 eps grad V."""
     policy, value = agent(obs, valued=agent.shared)
-    drawn = policy.mean + policy.stddev * torch.randn_like(policy.mean)
-    log_prob = policy.log_prob(drawn.detach() if actions is None else actions)
+    log_prob = policy.log_prob(policy.rsample().detach() if actions is None else actions)
     return log_prob - (value - (value + torch.randn_like(value)).detach()).square() if agent.shared else log_prob
 
 
@@ -469,17 +468,15 @@ def main(args: Args) -> None:
                     "ppo/ratio_max": (policy.log_prob(actions) - data[2])[used].max().exp(),
                 }  # fmt: skip
             metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            for tag in ("ppo/kl", "losses/entropy", "losses/value_loss"):
-                if not math.isfinite(metrics[tag]):
-                    raise FloatingPointError(f"{tag} is not finite")
+            if bad := [t for t in ("ppo/kl", "losses/entropy", "losses/value_loss") if not math.isfinite(metrics[t])]:
+                raise FloatingPointError(f"{bad[0]} is not finite")
         except FloatingPointError as error:
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-        wall_seconds = time.time() - started
+        wall = time.time() - started
         episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
         metrics |= dict(zip(("charts/episodic_return", "charts/episodic_length"), episode, strict=True))
-        metrics |= {"charts/learning_rate": group["lr"], "charts/wall_seconds": wall_seconds}
-        metrics["charts/SPS"] = global_step / wall_seconds
+        metrics |= {"charts/learning_rate": group["lr"], "charts/wall_seconds": wall, "charts/SPS": global_step / wall}
         logger.write(global_step, metrics)
         if args.optimizer == "diag":
             low = 0.005 if args.shared else 0.004

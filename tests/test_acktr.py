@@ -2,13 +2,11 @@
 
 import copy
 import io
-import itertools
 import json
 
-import numpy as np
 import pytest
 import torch
-from conftest import read_csv, train
+from conftest import train
 from torch import nn
 from torch.distributions import Independent, Normal
 
@@ -368,19 +366,6 @@ def test_the_fisher_is_the_true_one(options, tmp_path, monkeypatch):
     expected = {4: 1 / sigma**2, **({6: 1, 8: 2} if options else {6: 2})}  # parameters in order, each layer's weight
     for i, moment in expected.items():
         assert gammas[i].item() == pytest.approx(moment, rel=0.25)
-
-
-@pytest.mark.parametrize("options", [[], ["--shared"]])
-def test_learning_rate_follows_the_kl(options, tmp_path):
-    train("acktr", *SMALL, "--total-timesteps", 64 * 40, "--learning-rate", 0.003, "--damping", 0.001, *options,
-          "--output-dir", tmp_path, "--run-name", "x")  # fmt: skip
-    factors, low = set(), 0.005 if options else 0.004
-    rows = [{name: float(value) for name, value in row.items()} for row in read_csv(tmp_path / "x")]
-    for row, following in itertools.pairwise(rows):
-        factor = 1 / 1.5 if row["kl"] > 4 * low else 1.5 if row["kl"] < low else 1
-        assert following["learning_rate"] == pytest.approx(np.clip(row["learning_rate"] * factor, 1e-4, 3e-3))
-        factors.add(factor)
-    assert factors == {1 / 1.5, 1, 1.5}
 
 
 def test_stat_decay_of_one_is_refused(tmp_path, capsys):

@@ -209,9 +209,65 @@ def test_trpo_keeps_every_update_within_target_kl(tmp_path):
 
 
 @pytest.mark.parametrize("clip", ["fisher", "l2", "none"])
-def test_clip_bounds_the_step(clip, tmp_path):
-    for row in rows(tmp_path, "--total-timesteps", 128, "--cg-iterations", 2, "--clip", clip, "--max-grad-norm", 0.01):
-        if clip == "none":
-            assert row["step_size"] == pytest.approx(row["learning_rate"])
+def test_clip_bounds_the_step(clip, tmp_path, monkeypatch):
+    """Of the one update of each rollout, for its recorded gradient g and direction d; fisher: d^T g without a root."""
+    original, seen = npg_cg.natural_gradient, []
+
+    def recorded(actor, obs, gradient, *arguments):
+        seen.append((gradient, original(actor, obs, gradient, *arguments)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(npg_cg, "natural_gradient", recorded)
+    one = ["--num-minibatches", 1, "--update-epochs", 1, "--cg-iterations", 2]
+    found = rows(tmp_path, "--total-timesteps", 128, *one, "--clip", clip, "--max-grad-norm", 0.01)
+    for row, (g, d) in zip(found, seen, strict=True):
+        length = {"fisher": (d @ g).item(), "l2": d.norm().item(), "none": 0}[clip]
+        assert row["step_size"] == pytest.approx(row["learning_rate"] * min(1, 0.01 / (length + 1e-6)), rel=1e-4)
+        assert clip == "none" or row["step_size"] < 0.5 * row["learning_rate"]
+
+
+@pytest.mark.parametrize("score", ["sample", "mean"])
+def test_rank1_takes_the_score_of_a_valid_sample_or_their_mean_and_clips(score, tmp_path, monkeypatch):
+    """u of each update is a row of H, or the mean of H's rows, over samples that are no resets; l2 clip of the step."""
+    policies, forward = [], npg_rank1.Actor.forward  # (actor, its parameters, obs) of each pass
+    seen, original, actions, masks = [], npg_rank1.rank1_direction, [], []
+
+    def passed(self, obs):
+        policies.append((copy.deepcopy(self.state_dict()), obs))
+        return forward(self, obs)
+
+    def recorded(gradient, u, damping):
+        seen.append((u, policies[-1], original(gradient, u, damping)))
+        return seen[-1][-1]
+
+    def collect(self, *arguments, collect_=npg_rank1.Collector.collect):
+        rollout = collect_(self, *arguments)
+        actions.append(rollout[1].flatten(0, 1))
+        masks.append(rollout[-1].flatten() > 0)
+        return rollout
+
+    monkeypatch.setattr(npg_rank1.Actor, "forward", passed)
+    monkeypatch.setattr(npg_rank1, "rank1_direction", recorded)
+    monkeypatch.setattr(npg_rank1.Collector, "collect", collect)
+    monkeypatch.setattr(npg_rank1.torch, "randperm", lambda n, device: torch.arange(n))  # blocks in the rollout's order
+    train("npg_rank1", *SMALL, "--total-timesteps", 256, "--num-minibatches", 2, "--update-epochs", 1, "--score", score,
+          "--max-grad-norm", 0.01, "--output-dir", tmp_path, "--run-name", "x")  # fmt: skip
+    monkeypatch.undo()
+    chosen, resets = set(), 0
+    for i, (u, (weights, obs), d) in enumerate(seen):
+        actor = npg_rank1.Actor(4, 1)
+        actor.load_state_dict(weights)
+        half, valid = slice(i % 2 * 32, i % 2 * 32 + 32), masks[i // 2]
+        h = score_matrix(actor, obs, actions[i // 2][half])[valid[half]]
+        resets += int((~valid[half]).sum())
+        if score == "mean":
+            assert relative(u, h.mean(0)) < 1e-4
         else:
-            assert row["step_size"] < 0.5 * row["learning_rate"]
+            distances = (h - u).norm(dim=1) / u.norm()
+            assert distances.min() < 1e-4
+            chosen.add(int(distances.argmin()))
+        if i % 2 == 0:  # the pass after it is the next update's
+            moved = flat(seen[i + 1][1][0][name] for name in weights) - flat(weights.values())
+            rate = float(read_csv(tmp_path / "x")[i // 2]["learning_rate"])
+            torch.testing.assert_close(moved, rate * min(1, 0.01 / d.norm().item()) * d, rtol=1e-3, atol=1e-7)
+    assert len(seen) == 8 and resets > 0 and (score == "mean" or len(chosen) > 4)

@@ -1,6 +1,7 @@
 """Whole runs from the command line: learning, determinism, checkpoints, bad input. Parametrised by script."""
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -165,6 +166,38 @@ def test_values_that_are_not_finite_stop_the_run(script, env_id, quantity, tmp_p
     saved = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
     assert saved["global_step"] == 128 == int(read_csv(tmp_path / "broken")[-1]["global_step"])
     assert all(t.isfinite().all() for t in saved["agent"].values())
+
+
+def test_blocks_without_a_valid_sample_change_nothing(script, tmp_path):
+    """Episodes of one step: every other step only resets, and is a block of its own here."""
+    arguments = ["--env-id", "toy_envs:OneStep-v0", "--num-envs", 1, "--num-steps", 8, "--num-minibatches", 8]
+    train(script, *arguments, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "x")
+    saved = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 128 and all(t.isfinite().all() for t in saved["agent"].values())
+
+
+KL_LEAVES_ITS_BAND = {  # on both sides with these
+    "rat_continuous": [["--learning-rate", 0.3]],
+    "rat_shared": [["--learning-rate", 0.3]],
+    "npg_cg": [["--learning-rate", 0.3]],
+    "npg_rank1": [["--learning-rate", 0.3]],
+    "sophia_ppo": [[*options, "--optimizer", "diag", "--learning-rate", 0.3] for options in ([], ["--shared"])],
+    "acktr": [[*options, "--learning-rate", 0.003, "--damping", 0.001] for options in ([], ["--shared"])],
+}
+
+
+def test_learning_rate_follows_the_kl(script, tmp_path):
+    """Lower by 1.5 above 0.016, higher by 1.5 below 0.004, of one trunk 0.02 and 0.005; in [1e-4, the first one]."""
+    for name, options in enumerate(KL_LEAVES_ITS_BAND[script]):
+        train(script, *SMALL, "--total-timesteps", 64 * 40, *options, "--output-dir", tmp_path, "--run-name", name)
+        rows = [{name: float(value) for name, value in row.items()} for row in read_csv(tmp_path / str(name))]
+        factors, low = set(), 0.005 if script == "rat_shared" or "--shared" in options else 0.004
+        for row, following in itertools.pairwise(rows):
+            factor = 1 / 1.5 if row["kl"] > 4 * low else 1.5 if row["kl"] < low else 1
+            expected = np.clip(row["learning_rate"] * factor, 1e-4, rows[0]["learning_rate"])
+            assert following["learning_rate"] == pytest.approx(expected)
+            factors.add(factor)
+        assert factors == {1 / 1.5, 1, 1.5}
 
 
 BAD = {

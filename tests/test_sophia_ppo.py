@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import flat, read_csv, train
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -110,7 +111,7 @@ def test_fisher_diagonal_is_that_of_per_sample_gradients(shared):
 def step(optimizer, shared, **options):
     """Gradients [p] left by a policy_step that moves nothing, what it returned, and what a reference needs."""
     agent, obs, actions, share = problem(shared)
-    args = sophia_ppo.Args(optimizer=optimizer, shared=shared, max_grad_norm=1e9, **options)
+    args = sophia_ppo.Args(**{"optimizer": optimizer, "shared": shared, "max_grad_norm": 1e9} | options)
     log_ratio = torch.linspace(-0.5, 0.5, len(obs))[torch.randperm(len(obs))]
     y, returns, old_value = torch.randn(3, len(obs))
     with torch.no_grad():
@@ -148,7 +149,8 @@ def test_ppo_step_is_the_gradient_of_the_clipped_surrogate(shared, clip_vloss):
         exact += 0.7 * 2 * (share * pulled) @ value_jacobian(agent, obs)
     assert (gradient - exact).norm() <= 1e-5 * exact.norm()
     loss = error.double() @ share if shared else 0
-    expected = [exact.norm(), (ratio - 1 - log_ratio) @ share, outside.double() @ share, loss]
+    surrogate = -torch.where(flat_out, ratio.clamp(0.8, 1.2), ratio) * y
+    expected = [exact.norm(), (ratio - 1 - log_ratio) @ share, outside.double() @ share, loss, surrogate @ share]
     np.testing.assert_allclose(result, expected, rtol=1e-4)
 
 
@@ -173,12 +175,65 @@ def test_sophia_estimates_its_hessian_after_every_tenth_update():
     agent, obs, actions, share = problem(shared=False)
     optimizer, args = sophia_ppo.Sophia(trained(agent)), sophia_ppo.Args(optimizer="sophia")
     batch = (obs, actions, agent(obs)[0].log_prob(actions).detach(), None, None, torch.randn(len(obs)), share)
+    assert optimizer.defaults["betas"] == (0.965, 0.99) and optimizer.defaults["rho"] == 0.04
     seen = []
     for _ in range(21):
+        torch.manual_seed(7)
         sophia_ppo.policy_step(args, agent, optimizer, batch)
         seen.append(flat(optimizer.state[p]["h"] for p in trained(agent)))
+        if len(seen) == 10:  # 0.01 B g^2: g of actions drawn anew, B the number of valid samples, after the step
+            torch.manual_seed(7)
+            drawn = agent(obs)[0].sample()
+            assert not torch.allclose(drawn, actions)
+            g = share.double() @ scores(agent, obs, drawn)
+            expected = 0.01 * (share > 0).sum() * g.square()
+            assert (seen[-1] - expected).norm() < 1e-4 * expected.norm()
     changes = [i for i in range(1, 21) if not torch.equal(seen[i], seen[i - 1])]
     assert changes == [9, 19] and (seen[8] == 0).all()
+
+
+def test_clipped_values_cost_the_larger_error():
+    value, old, returns = torch.tensor([[1.0, 1.0, 1.0, -1.0], [0.0, 0.9, 0.0, 0.0], [3.0, 2.0, 0.0, -3.0]])
+    clipped = sophia_ppo.value_loss(sophia_ppo.Args(clip_vloss=True, clip_coef=0.2), value, old, returns)
+    torch.testing.assert_close(clipped, torch.tensor([2.8**2, 1.0, 1.0, 2.8**2]))
+    plain = sophia_ppo.value_loss(sophia_ppo.Args(clip_coef=0.2), value, old, returns)
+    torch.testing.assert_close(plain, torch.tensor([4.0, 1.0, 1.0, 4.0]))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "diag"])
+def test_the_bound_holds_for_what_moves_the_policy(optimizer):
+    """The gradient's norm; for diag that of the direction, after the diagonal."""
+    free, result, _ = step(optimizer, False)
+    bounded, bounded_result, _ = step(optimizer, False, max_grad_norm=0.01)
+    assert free.norm() > 0.05 and bounded_result[0] == result[0] == pytest.approx(free.norm().item(), rel=1e-4)
+    torch.testing.assert_close(bounded, free * 0.01 / free.norm(), rtol=1e-3, atol=1e-8)
+
+
+def test_each_optimizer_has_its_defaults(tmp_path, monkeypatch):
+    """The three fields without a value in Args, and Adam's epsilon."""
+    expected = {"adam": (3e-4, 10, 16), "sophia": (1e-4, 10, 16), "diag": (0.05, 4, 4)}
+    original, found = sophia_ppo.policy_step, []
+    monkeypatch.setattr(sophia_ppo, "policy_step", lambda *a: found.append(a[2]) or original(*a))
+    for name, values in expected.items():
+        found.clear()
+        options = ["--env-id", "InvertedPendulum-v5", "--num-envs", "4", "--num-steps", "16", "--total-timesteps", "64"]
+        options += ["--optimizer", name, "--output-dir", str(tmp_path), "--run-name", name]
+        sophia_ppo.main(tyro.cli(sophia_ppo.Args, args=options))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["learning_rate"], config["update_epochs"], config["num_minibatches"]) == values
+        assert len(found) == values[1] * values[2]
+        assert name != "adam" or found[0].defaults["eps"] == 1e-5
+
+
+def test_values_that_are_not_finite_stop_sophia_too(tmp_path, capsys):
+    """Whose estimate draws from a policy that is no longer finite."""
+    arguments = ["--env-id", "toy_envs:HugeReward-v0", "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 640]
+    with pytest.raises(SystemExit) as stopped:
+        train("sophia_ppo", *arguments, "--optimizer", "sophia", "--output-dir", tmp_path, "--run-name", "x",
+              "--update-epochs", 10)  # fmt: skip
+    assert stopped.value.code == 1 and "iteration 3, actor update 1" in capsys.readouterr().err.splitlines()[-1]
+    saved = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 128 and all(t.isfinite().all() for t in saved["agent"].values())
 
 
 def test_annealing_and_target_kl(tmp_path, monkeypatch):

@@ -6,13 +6,13 @@ from gymnasium.spaces import Box, Dict, Discrete
 
 
 class Toy(gym.Env):
-    """Ten-step episodes whose next observation is the action; rewards and spaces vary by keyword."""
+    """Short episodes of random observations, rewarded for small actions; rewards and spaces vary by keyword."""
 
-    def __init__(self, observation=None, action=None, bad_step=None, bad_value=np.nan, bad_reward=True):
+    def __init__(self, observation=None, action=None, bad_step=None, bad_value=np.nan, bad_reward=True, length=10):
         self.observation_space = observation or Box(-1, 1, (3,))
         self.action_space = action or Box(-2, 2, (1,))
         self.bad_step, self.bad_value, self.bad_reward = bad_step, bad_value, bad_reward
-        self.steps = 0
+        self.steps, self.length = 0, length
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -28,7 +28,7 @@ class Toy(gym.Env):
                 reward = self.bad_value
             else:
                 obs[1] = self.bad_value
-        return obs, reward, self.time == 10, False, {}
+        return obs, reward, self.time == self.length, False, {}
 
 
 KINDS = {
@@ -37,6 +37,7 @@ KINDS = {
     "DiscreteActions": {"action": Discrete(3)},
     "DictObs": {"observation": Dict({"a": Box(-1, 1, (3,))})},
     "ImageObs": {"observation": Box(0, 255, (8, 8, 3), np.uint8)},
+    "OneStep": {"length": 1},
     "NanReward": {"bad_step": 40},
     "NanObs": {"bad_step": 40, "bad_reward": False},
     "HugeReward": {"bad_step": 40, "bad_value": 3e38},
