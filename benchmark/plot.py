@@ -30,7 +30,7 @@ STYLES = [  # of METHODS and two more; colour, dashes and marker each suffice to
     ("#b30000", "--", "p"), ("#808000", ":", "h"),
 ]  # fmt: skip
 KEPT = ["global_step", "episodic_return", "kl", "approx_kl", "entropy", "explained_variance", "value_loss"]
-KEPT += ["direction_norm", "cg_residual", "learning_rate", "wall_seconds"]
+KEPT += ["direction_norm", "cg_residual", "eval_return", "learning_rate", "wall_seconds"]
 
 
 @dataclass
