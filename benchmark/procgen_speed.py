@@ -16,6 +16,8 @@ import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from update_speed import peak_of
+
 import rat_procgen
 
 METHODS = ("tape", "vmap")
@@ -52,24 +54,9 @@ def make_update(method: str, args: Args) -> Callable[[], None]:
 
 
 def peak_memory(method: str, args: Args) -> float:
-    """MB above what the process held before the update; in a process of its own, so that nothing is reused."""
-    small = Args(samples=8, channels=(2, 2, 2), hidden=8, device=args.device)
-    make_update(method, small)()  # libraries and thread pools
-    update = make_update(method, args)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        update()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-    def status(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
-
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    before = status("VmRSS")
-    update()
-    return status("VmHWM") - before
+    """MB of one update, to be called in a process of its own, so that nothing is reused."""
+    make_update(method, Args(samples=8, channels=(2, 2, 2), hidden=8, device=args.device))()  # libraries, thread pools
+    return peak_of(make_update(method, args), args.device)
 
 
 def main(args: Args) -> None:

@@ -178,10 +178,8 @@ def make_update(method: str, size: str, samples: int, device: str) -> Callable[[
     return timed
 
 
-def peak_memory(method: str, size: str, samples: int, device: str) -> float:
-    """MB above what the process held before the update; in a process of its own, so that nothing is reused."""
-    make_update(method, size, 8, device)()  # libraries and thread pools
-    update = make_update(method, size, samples, device)
+def peak_of(update: Callable[[], None], device: str) -> float:
+    """MB that update() takes at most above what the process holds before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -196,6 +194,12 @@ def peak_memory(method: str, size: str, samples: int, device: str) -> float:
     before = status("VmRSS")
     update()
     return status("VmHWM") - before
+
+
+def peak_memory(method: str, size: str, samples: int, device: str) -> float:
+    """MB of one update, to be called in a process of its own, so that nothing is reused."""
+    make_update(method, size, 8, device)()  # libraries and thread pools
+    return peak_of(make_update(method, size, samples, device), device)
 
 
 def main(args: Args) -> None:
