@@ -321,7 +321,8 @@ def main(args: Args) -> None:
         else:
             show(args, runs)
     except OSError as error:
-        fail(f"{error.filename or 'standard output'} cannot be written ({error.strerror}).")
+        advice = "name a folder that exists" if error.filename else "read all of it"
+        fail(f"{error.filename or 'standard output'} cannot be written ({error.strerror}), {advice}.")
 
 
 if __name__ == "__main__":
