@@ -39,12 +39,12 @@ class Args:
     optimizer: Literal["adam", "sophia", "diag"] = "adam"  # of the policy; diag: gradient over Fisher's diagonal
     shared: bool = False  # one trunk and one step for actor and critic; the four critic_ fields have no effect
     learning_rate: float | None = None  # default: adam 3e-4, sophia 1e-4; diag 0.05, which the KL adapts below that
-    anneal_lr: bool = True  # adam, sophia: lower the step size linearly to zero over total_timesteps
+    anneal_lr: bool = False  # adam, sophia: lower the step size linearly to zero over total_timesteps
     update_epochs: int | None = None  # actor passes over the rollout; default 10, diag 4
     num_minibatches: int | None = None  # actor blocks in a pass; default 16, diag 4
     clip_coef: float = 0.2  # adam, sophia: the surrogate is flat where the ratio leaves 1 +- clip_coef
     clip_vloss: bool = False  # bound the change of values in the critic's loss in the same way, in PopArt's units
-    target_kl: float | None = None  # no further pass over the rollout after one whose approximate KL was above
+    target_kl: float | None = 0.02  # adam, sophia: no further pass after one whose approximate KL was above; or None
     ent_coef: float = 0.0  # weight of the entropy bonus, >= 0
     vf_coef: float = 0.5  # shared: weight of the critic's loss
     max_grad_norm: float = 0.5  # l2 bound on the gradient, with diag on the direction
@@ -443,7 +443,7 @@ def main(args: Args) -> None:
                     rms = (y.square() @ share).sqrt() + 1e-8
                     logged.append(policy_step(args, agent, optimizer, (*(x[block] for x in data), y / rms, share)))
                 approx_kl = torch.stack(logged[-args.num_minibatches :])[:, 1].mean()  # in this pass, sampled
-                if args.target_kl is not None and approx_kl > args.target_kl:
+                if args.optimizer != "diag" and args.target_kl is not None and approx_kl > args.target_kl:
                     break
             logged, losses = torch.stack(logged), []
             broken = ~logged.isfinite().all(1)

@@ -25,7 +25,7 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
-    "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3, "--no-anneal-lr"],
+    "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3],
     "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4, "--inverse-interval", 10],
 }
 SETTINGS = {  # the settings that no other test has
@@ -34,7 +34,7 @@ SETTINGS = {  # the settings that no other test has
     "npg_cg": [["--line-search"], ["--clip", "none", "--cg-iterations", 1]],
     "npg_rank1": [["--score", "mean"]],
     "sophia_ppo": [
-        ["--shared", "--clip-vloss", "--no-anneal-lr", "--target-kl", 0.01],
+        ["--shared", "--clip-vloss", "--anneal-lr", "--target-kl", 0.01],
         ["--optimizer", "diag", "--shared"],
     ],
     "acktr": [["--shared", "--ekfac", "--inverse-interval", 3], ["--learning-rate", 0.1, "--kl-clip", 0.01]],

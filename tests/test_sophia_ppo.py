@@ -217,7 +217,7 @@ def test_each_optimizer_has_its_defaults(tmp_path, monkeypatch):
     for name, values in expected.items():
         found.clear()
         options = ["--env-id", "InvertedPendulum-v5", "--num-envs", "4", "--num-steps", "16", "--total-timesteps", "64"]
-        options += ["--optimizer", name, "--output-dir", str(tmp_path), "--run-name", name]
+        options += ["--optimizer", name, "--target-kl", "None", "--output-dir", str(tmp_path), "--run-name", name]
         sophia_ppo.main(tyro.cli(sophia_ppo.Args, args=options))
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert (config["learning_rate"], config["update_epochs"], config["num_minibatches"]) == values
@@ -240,21 +240,26 @@ def test_annealing_and_target_kl(tmp_path, monkeypatch):
     passes, original = [], sophia_ppo.policy_step
     monkeypatch.setattr(sophia_ppo, "policy_step", lambda *a: passes.append(1) or original(*a))
     common = [*SMALL, "--total-timesteps", 320, "--output-dir", tmp_path]
-    train("sophia_ppo", *common, "--run-name", "anneal", "--learning-rate", 0.01, "--update-epochs", 3)
+    options = ["--anneal-lr", "--target-kl", None, "--learning-rate", 0.01, "--update-epochs", 3]
+    train("sophia_ppo", *common, "--run-name", "anneal", *options)
     rates = [float(row["learning_rate"]) for row in read_csv(tmp_path / "anneal")]
     np.testing.assert_allclose(rates, [0.01, 0.008, 0.006, 0.004, 0.002])
     assert len(passes) == 5 * 3 * 4
-    train("sophia_ppo", *common, "--run-name", "diag", "--optimizer", "diag", "--learning-rate", 1e-3)
+    options = ["--optimizer", "diag", "--learning-rate", 1e-3, "--anneal-lr", "--target-kl", 1e-9]
+    passes.clear()
+    train("sophia_ppo", *common, "--run-name", "diag", *options)
     assert {float(row["learning_rate"]) for row in read_csv(tmp_path / "diag")} <= {1e-3, 1e-3 / 1.5, 1e-3 / 1.5**2}
+    assert len(passes) == 5 * 2 * 4  # neither option is for diag
     passes.clear()
     train("sophia_ppo", *common, "--run-name", "target", "--target-kl", 1e-9, "--update-epochs", 3)
     assert len(passes) == 5 * 4  # one pass a rollout
+    assert {float(row["learning_rate"]) for row in read_csv(tmp_path / "target")} == {3e-4}
 
 
 LEARNS = {
-    "sophia": ["--optimizer", "sophia", "--num-minibatches", 8, "--no-anneal-lr"],
+    "sophia": ["--optimizer", "sophia", "--num-minibatches", 8],
     "diag": ["--optimizer", "diag", "--num-minibatches", 4],
-    "adam, shared": ["--shared", "--num-minibatches", 8, "--no-anneal-lr"],
+    "adam, shared": ["--shared", "--num-minibatches", 8],
 }
 
 
