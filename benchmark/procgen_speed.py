@@ -76,7 +76,7 @@ def main(args: Args) -> None:
             update()
             times[method].append((time.perf_counter() - start) * 1e3)
     for method, peak in zip(METHODS, peaks, strict=True):
-        print(f"| {method} | {statistics.median(times[method][1:]):.1f} | {peak:.0f} |")
+        print(f"| {method} | {statistics.median(times[method][1:]):.1f} | {round(peak)} |")
 
 
 if __name__ == "__main__":

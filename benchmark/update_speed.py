@@ -221,7 +221,7 @@ def main(args: Args) -> None:
         with get_context("spawn").Pool(1, maxtasksperchild=None if args.quick else 1) as pool:
             peaks = pool.starmap(peak_memory, [(m, size, samples, args.device) for m in METHODS], chunksize=1)
         for method, peak in zip(METHODS, peaks, strict=True):
-            cells[method].append(f"{statistics.median(times[method][2:]):.1f} ({peak:.0f})")
+            cells[method].append(f"{statistics.median(times[method][2:]):.1f} ({round(peak)})")
     for method, row in cells.items():
         print(f"| {method} | " + " | ".join(row) + " |")
     for method, row in PAPER.items():
