@@ -206,7 +206,8 @@ def draw(axis: Axes, x: np.ndarray, y: np.ndarray, band: tuple | None, number: i
 
 def legend(figure: plt.Figure, look: dict[str, dict]) -> None:
     lines = [plt.Line2D([], [], **style, label=method) for method, style in look.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5), frameon=False, handlelength=4)
+    columns = min(len(lines), int(figure.get_figwidth() / 2))  # two inches a name
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
 
 
 def picture_of_curves(path: Path, groups: dict[str, dict[str, list[Run]]], look: dict, by: str, unit: float) -> None:

@@ -232,6 +232,16 @@ def test_plot_counts_and_draws(tmp_path, capsys):
     assert "| ppo | 0.500 | 3 |" in lines
 
 
+@pytest.mark.parametrize("width", [4.2, 8.4, 10])
+def test_the_legend_of_all_methods_lies_inside_the_picture(width):
+    figure, _ = plot.plt.subplots(figsize=(width, 3.2), layout="constrained")
+    plot.legend(figure, plot.styles([*plot.METHODS, "release_separate"]))
+    figure.draw_without_rendering()
+    drawn, whole = figure.legends[0].get_window_extent(), figure.bbox
+    plot.plt.close(figure)
+    assert whole.x0 <= drawn.x0 and drawn.x1 <= whole.x1 and whole.y0 <= drawn.y0
+
+
 def test_plot_compares_partial_runs_where_the_shortest_stands(capsys):
     lines = show(capsys, "--partial", "--every-seed", *CURVES.iterdir()).splitlines()
     assert lines[0] == "Not ended, counted all the same: HalfCheetah-v4__ppo__3 (0.50M steps)."
