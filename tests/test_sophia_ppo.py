@@ -254,6 +254,9 @@ def test_annealing_and_target_kl(tmp_path, monkeypatch):
     train("sophia_ppo", *common, "--run-name", "target", "--target-kl", 1e-9, "--update-epochs", 3)
     assert len(passes) == 5 * 4  # one pass a rollout
     assert {float(row["learning_rate"]) for row in read_csv(tmp_path / "target")} == {3e-4}
+    passes.clear()
+    train("sophia_ppo", *common, "--run-name", "default", "--learning-rate", 0.01, "--update-epochs", 3)
+    assert len(passes) < 5 * 3 * 4  # there is a bound by default
 
 
 LEARNS = {
