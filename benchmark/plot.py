@@ -212,7 +212,7 @@ def legend(figure: plt.Figure, look: dict[str, dict]) -> None:
 
 def picture_of_curves(path: Path, groups: dict[str, dict[str, list[Run]]], look: dict, by: str, unit: float) -> None:
     """One panel an environment; a method's mean and band over seeds, up to where its shortest run ends."""
-    columns = min(len(groups), 4 if len(groups) != 6 else 3)
+    columns = min(len(groups), 2 if len(groups) in (2, 4) else 3)
     rows = math.ceil(len(groups) / columns)
     size = (min(10, 4.2 * columns), 2.6 * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")

@@ -151,7 +151,7 @@ METHODS = {  # function, option, updates timed together: what a method does not 
     "ACKTR": (kronecker, "kfac, all", 10),
     "— its forward pass and statistics": (kronecker, "kfac, statistics", 1),
     "— its eigendecomposition, every 10th update": (kronecker, "kfac, eigendecomposition", 1),
-    "— its step without": (kronecker, "kfac, step", 1),
+    "— its step without the eigendecomposition": (kronecker, "kfac, step", 1),
     "ACKTR, `--ekfac`": (kronecker, "ekfac, all", 10),
     "ACKTR shared": (kronecker, "kfac shared, all", 10),
     "ACKTR shared, `--ekfac`": (kronecker, "ekfac shared, all", 10),
