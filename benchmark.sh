@@ -67,7 +67,7 @@ names=() commands=()
 for seed in $seeds; do # outermost: seed 1 of everything first, so that a part of the set is balanced
   for env in $envs; do
     for method in $methods; do
-      name=${env}__${method}__$seed
+      name=${env//\//_}__${method}__$seed
       command="$python ${script[$method]} --env-id $env --seed $seed $steps $vectorization ${EXTRA:-}"
       read -ra words <<<"$command --output-dir $runs --run-name $name" # single spaces
       names+=("$name") commands+=("${words[*]}")
@@ -96,18 +96,18 @@ start() { # start run $1 in the background, unless there is nothing to do
     skipped=$((skipped + 1))
     return
   fi
+  exec 9>>"$log"
+  if command -v flock >/dev/null && { flock -n -E 9 9; (($? == 9)); }; then # held by a run's output while it lives
+    echo "busy: $name runs in another process"
+    skipped=$((skipped + 1))
+    return
+  fi
   read -ra words <<<"${commands[$1]}"
   if [[ -f $folder/checkpoint.pt ]]; then
     words+=(--resume) resumed=", resumed"
   elif [[ -d $folder ]]; then # stopped before its first checkpoint: nothing to resume
     rm -f "$folder"/{config.json,progress.csv,checkpoint.partial,events.out.tfevents.*}
     rmdir "$folder"
-  fi
-  exec 9>>"$log"
-  if command -v flock >/dev/null && ! flock -n 9; then # held by a run's output for as long as it lives
-    echo "busy: $name runs in another process"
-    skipped=$((skipped + 1))
-    return
   fi
   echo "${words[*]}" >&9
   "${words[@]}" </dev/null >&9 2>&1 9>&- &

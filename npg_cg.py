@@ -71,15 +71,15 @@ def check_args(args: Args) -> None:
     """Refuse values that cannot work."""
     batch_size = args.num_envs * args.num_steps
     for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" else 1
+        flag, least = f"--{name.replace('_', '-')} {value}", {"seed": 0, "num_steps": 2}.get(name, 1)
         if type(value) is int and not least <= value < 2**31:
             fail(f"{flag} must lie in [{least}, 2**31).")
         if type(value) is float and not 0 < value < math.inf:
             fail(f"{flag} must be positive and finite.")
         if name in ("gamma", "gae_lambda") and value > 1:
             fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and batch_size % value:
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size}.")
+        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
+            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -96,7 +96,8 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed)
+        threads = {"num_threads": torch.get_num_threads()}
+        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed % 2**31, **threads)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
@@ -244,10 +245,9 @@ def natural_gradient(
 
 @torch.no_grad()
 def line_search(actor: nn.Module, step: Tensor, batch: tuple, target_kl: float) -> float:
-    """TRPO's backtracking: adds 0.8^k step [p] to the parameters with the first k < 10 at which KL(pi || pi_k) is at
-    most target_kl and the mean of y pi_k / pi improves; leaves the parameters as they are where there is none.
-
-    batch holds obs [B, ...], actions [B, ...], y [B], share [B]; x @ share is a mean. Returns 0.8^k, or 0 for none."""
+    """TRPO's backtracking: adds 0.8^k step [p] to the parameters and returns 0.8^k, with the first k < 10 at which
+    KL(pi || pi_k) is at most target_kl and the mean of y pi_k / pi improves; without one returns 0 and changes nothing.
+    batch holds obs [B, ...], actions [B, ...], y [B], share [B]; x @ share is a mean."""
     obs, actions, y, share = batch
     named, policy = dict(actor.named_parameters()), actor(obs)
     for factor in (0.8**k for k in range(10)):
@@ -392,7 +392,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
 
     def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on are on disk before it
+        logger.events.flush()  # the points and rows that a checkpoint counts on are handed over before it
         with open(checkpoint.with_suffix(".partial"), "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -411,7 +411,7 @@ def main(args: Args) -> None:
                 returns, valid = (advantages + values[:-1]).flatten(), valid.flatten()  # flat from here on
                 obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
                 popart.update(returns[valid > 0])
-                returns = ((returns - popart.mean) / popart.std).float()
+                returns = (returns - popart.mean) / popart.std
                 agent.normalizer.update(obs[valid > 0])
                 obs = agent.normalizer(obs)
                 old_actor = copy.deepcopy(actor)

@@ -68,15 +68,15 @@ def check_args(args: Args) -> None:
     """Refuse values that cannot work."""
     batch_size = args.num_envs * args.num_steps
     for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" else 1
+        flag, least = f"--{name.replace('_', '-')} {value}", {"seed": 0, "num_steps": 2}.get(name, 1)
         if type(value) is int and not least <= value < 2**31:
             fail(f"{flag} must lie in [{least}, 2**31).")
         if type(value) is float and not 0 < value < math.inf:
             fail(f"{flag} must be positive and finite.")
         if name in ("gamma", "gae_lambda") and value > 1:
             fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and batch_size % value:
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size}.")
+        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
+            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -93,7 +93,8 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed)
+        threads = {"num_threads": torch.get_num_threads()}
+        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed % 2**31, **threads)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
@@ -220,7 +221,7 @@ def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Te
     score = grad(lambda named, obs, action: functional_call(actor, named, obs[None]).log_prob(action[None])[0])
     named = {name: p.detach() for name, p in actor.named_parameters()}
     rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)(named, obs, actions)
-    return [(obs.new_ones(len(obs), 1), rows[name].flatten(1), [p]) for name, p in actor.named_parameters()]
+    return [(rows[name].new_ones(len(obs), 1), rows[name].flatten(1), [p]) for name, p in actor.named_parameters()]
 
 
 def rat_direction(
@@ -247,7 +248,7 @@ def rat_direction(
         system = root[:, None] * kernel * root + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
         factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
         u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
-        if info != 0 or not u.isfinite().all():
+        if not (info == 0) & u.isfinite().all():
             raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
         direction = {}
         for x, g, (weight, *bias) in scores:  # H^T u, (7)
@@ -401,7 +402,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
 
     def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on are on disk before it
+        logger.events.flush()  # the points and rows that a checkpoint counts on are handed over before it
         with open(checkpoint.with_suffix(".partial"), "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -420,7 +421,7 @@ def main(args: Args) -> None:
                 returns, valid = (advantages + values[:-1]).flatten(), valid.flatten()  # flat from here on
                 obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
                 popart.update(returns[valid > 0])
-                returns = ((returns - popart.mean) / popart.std).float()
+                returns = (returns - popart.mean) / popart.std
                 agent.normalizer.update(obs[valid > 0])
                 obs = agent.normalizer(obs)
                 old_actor = copy.deepcopy(actor)

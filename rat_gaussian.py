@@ -45,7 +45,7 @@ def vanilla_gradient(args: Args, mu: Tensor, sigma: Tensor) -> Tensor:
     return torch.stack([args.optimum - mu, args.entropy - sigma**2])
 
 
-def natural_gradient(args: Args, mu: Tensor, sigma: Tensor) -> Tensor:
+def exact_natural_gradient(args: Args, mu: Tensor, sigma: Tensor) -> Tensor:
     """F^-1 times the gradient of J [2]."""
     return vanilla_gradient(args, mu, sigma) * torch.stack([sigma**2, torch.full_like(sigma, 0.5)])
 
@@ -66,7 +66,7 @@ def empirical_natural_gradient(scores: Tensor, y: Tensor, damping: float) -> Ten
     return torch.linalg.solve(fisher + damping * torch.eye(len(fisher), dtype=y.dtype), scores.T @ y / len(y))
 
 
-def rat_direction(scores: Tensor, y: Tensor, damping: float) -> Tensor:
+def rat_gradient(scores: Tensor, y: Tensor, damping: float) -> Tensor:
     """H^T Sigma A [p] with the transformed advantages A [B] of equation (2), the right side of (1)."""
     root = torch.full_like(y, len(y) ** -0.5)  # S, the root of Sigma
     system = root[:, None] * (scores @ scores.T) * root + damping * torch.eye(len(y), dtype=y.dtype)  # M [B, B]
@@ -84,9 +84,9 @@ def fields(args: Args) -> tuple[Tensor, dict[str, Tensor]]:
         sigma = log_sigma.exp()
         scores, y = sampled_scores(args, mu, sigma)
         found["vanilla"].append(vanilla_gradient(args, mu, sigma))
-        found["exact natural"].append(natural_gradient(args, mu, sigma))
+        found["exact natural"].append(exact_natural_gradient(args, mu, sigma))
         found["empirical natural"].append(empirical_natural_gradient(scores, y, args.damping))
-        found["RAT"].append(rat_direction(scores, y, args.damping))
+        found["RAT"].append(rat_gradient(scores, y, args.damping))
     return grid, {name: torch.stack(gradients) for name, gradients in found.items()}
 
 
@@ -115,10 +115,12 @@ def fail(sentence: str) -> NoReturn:
 
 def main(args: Args) -> None:
     """Print the similarities, draw the fields."""
-    for name in ("entropy", "samples", "damping", "points", "noise"):
-        value = getattr(args, name)
-        if not (0 < value < math.inf or (name == "noise" and value == 0)):
-            fail(f"--{name} {value} must be positive and finite.")
+    for name, least in {"optimum": -1000, "noise": 0, "samples": 2, "seed": 0, "points": 2}.items():
+        if not least <= getattr(args, name) < 2**31:
+            fail(f"--{name} {getattr(args, name)} must lie in [{least}, 2**31).")
+    for name in ("entropy", "damping"):
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name} {getattr(args, name)} must be positive and finite.")
     if args.points % 2:
         fail(f"--points {args.points} must be even, for the optimum in the middle has no direction.")
     grid, gradients = fields(args)
@@ -134,8 +136,8 @@ def main(args: Args) -> None:
     if args.out:
         try:
             draw(args, grid, gradients, similarity)
-        except OSError as error:
-            fail(f"--out {args.out} cannot be written ({error.strerror}), name a folder that exists.")
+        except (OSError, ValueError) as error:  # no such folder, no such format
+            fail(f"--out {args.out} cannot be written ({error}).")
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def check_args(args: Args) -> None:
             fail(f"{flag} must be positive and finite.")
         if name in ("gamma", "gae_lambda") and value > 1:
             fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and batch_size % value:
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size}.")
+        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
+            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -196,12 +196,12 @@ class Agent(nn.Module):
 
 
 # The algorithm's core: scores, direction, Kaczmarz
-def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> list[tuple[Tensor, Tensor, list]]:
+def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, kernel_memory: int) -> list[tuple]:
     """H, the rows d log pi(a_i|s_i) / d theta, factored by layer, from one forward and one backward pass in chunks.
 
     Returns (x [B, d_in], g [B, d_out], [weight, bias]) a layer: its input and the gradient of log pi at its output.
     Row i holds g_i x_i^T for the weight and g_i for the bias. A convolution is two such layers with the input 1, for
-    P_i of (12) and for its bias. Raises TypeError for a layer where that is not known, MemoryError above memory MiB."""
+    P_i of (12) and for its bias. Raises TypeError where that is not known, MemoryError above kernel_memory MiB."""
     layers = {module: name for name, module in actor.named_modules() if module._parameters}
     owned, rows, start, size = [p for m in layers for p in m.parameters(recurse=False)], {}, 0, 1
     while start < len(obs):
@@ -212,7 +212,8 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
         for hook in hooks:
             hook.remove()
         for m, name in layers.items():  # _version: an in-place activation has overwritten the output
-            conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode) == (1, (1, 1), "zeros")
+            plain = (1, (1, 1), "zeros", tuple)
+            conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode, type(m.padding)) == plain
             once = len(calls[m]) == 1 and calls[m][0][1].dim() == m.weight.dim() and not calls[m][0][1]._version
             if not (conv or type(m) is nn.Linear) or not once or len(set(owned)) < len(owned):
                 raise TypeError(f"the tape takes Linear and plain Conv2d called once, not {name} {m}: --jacobian vmap")
@@ -231,9 +232,9 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, memory: int) -> 
                     whole[part] = t
         if start == 0:  # of one sample, to learn how many fit: values, gradients, what pooling and patches add
             used = sum(x.nbytes + 5 * z.nbytes for [(x, z)] in calls.values())
-            spare = memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
+            spare = kernel_memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
             if spare < used:
-                raise MemoryError(f"--kernel-memory {memory} is too little for blocks of {len(obs)} samples, raise it")
+                raise MemoryError(f"--kernel-memory {kernel_memory} is too little for a block of {len(obs)} samples")
         start, size = part.stop, int(spare // used)
     return [(x, g, list(params)) for params, (x, g) in rows.items()]
 
@@ -255,7 +256,7 @@ def rat_direction(
     advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0), so that rows of weight
     zero drop out; previous is g_{j-1}, without it the step starts from zero and is equation (1).
     Returns g_j, an ascent direction, one tensor per actor.parameters() in that order. Raises FloatingPointError
-    where scores or advantages are not finite, TypeError for a layer that only jacobian="vmap" takes."""
+    where scores or advantages are not finite, TypeError for a layer that only jacobian="vmap" takes, MemoryError."""
     scores = vmap_scores(actor, obs, actions) if jacobian == "vmap" else tape_scores(actor, obs, actions, kernel_memory)
     memory = dict(zip(actor.parameters(), previous, strict=True)) if previous is not None else {}
     with torch.no_grad():
@@ -270,7 +271,7 @@ def rat_direction(
         system = root[:, None] * kernel * root + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
         factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
         u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
-        if info != 0 or not u.isfinite().all():
+        if not (info == 0) & u.isfinite().all():
             raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
         direction = {}
         for x, g, (weight, *bias) in scores:  # H^T u, (7)
@@ -415,7 +416,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
 
     def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on are on disk before it
+        logger.events.flush()  # the points and rows that a checkpoint counts on are handed over before it
         with open(checkpoint.with_suffix(".partial"), "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -434,7 +435,7 @@ def main(args: Args) -> None:
                 obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(), advantages.flatten()
                 returns = advantages + values[:batch_size]  # all [T * N] from here on
                 popart.update(returns)
-                returns = ((returns - popart.mean) / popart.std).float()
+                returns = (returns - popart.mean) / popart.std
                 old_logits = torch.cat([actor(part).logits for part in obs.split(512)])  # [T * N, 15]
                 g, norms = None, []  # g_0 = 0
                 for _ in range(args.update_epochs):

@@ -74,15 +74,15 @@ def check_args(args: Args) -> None:
     """Refuse values that cannot work."""
     batch_size = args.num_envs * args.num_steps
     for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" else 1
+        flag, least = f"--{name.replace('_', '-')} {value}", {"seed": 0, "num_steps": 2}.get(name, 1)
         if type(value) is int and not least <= value < 2**31:
             fail(f"{flag} must lie in [{least}, 2**31).")
         if type(value) is float and not 0 < value < math.inf:
             fail(f"{flag} must be positive and finite.")
         if name in ("gamma", "gae_lambda") and value > 1:
             fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and batch_size % value:
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size}.")
+        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
+            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -99,7 +99,8 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed)
+        threads = {"num_threads": torch.get_num_threads()}
+        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed % 2**31, **threads)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
@@ -409,7 +410,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
 
     def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on are on disk before it
+        logger.events.flush()  # the points and rows that a checkpoint counts on are handed over before it
         with open(checkpoint.with_suffix(".partial"), "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -429,7 +430,7 @@ def main(args: Args) -> None:
                 returns, valid, used = (advantages + values[:-1]).flatten(), valid.flatten(), valid.flatten() > 0
                 obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
                 popart.update(returns[used])
-                returns = ((returns - popart.mean) / popart.std).float()
+                returns = (returns - popart.mean) / popart.std
                 agent.normalizer.update(obs[used])
                 obs = agent.normalizer(obs)
                 old_policy, old_value = agent(obs)

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import bootstrap, trim_mean
 
@@ -312,6 +313,10 @@ def show(args: Args, runs: list[Run]) -> None:
 def main(args: Args) -> None:
     """Thin runs, or draw them and print the tables."""
     plt.rcParams.update({"font.size": 8, "legend.fontsize": 9})
+    for name in ("out", "wall_clock", "profile"):
+        path, formats = getattr(args, name), FigureCanvasBase.get_supported_filetypes()
+        if path and path.suffix[1:] not in formats:
+            fail(f"--{name.replace('_', '-')} {path} must end in one of .{', .'.join(formats)}.")
     runs = choose([read(path) for path in sorted(args.paths)], args.partial)
     if not runs:
         fail("there is no run to show, name run folders or CSV files.")

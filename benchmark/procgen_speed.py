@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -30,7 +31,7 @@ class Args:
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages
     hidden: int = 256  # units of the layer after them
     kernel_memory: int = 512  # MiB that the tape may take
-    device: str = "cpu"  # cpu or cuda
+    device: Literal["cpu", "cuda"] = "cpu"
     quick: bool = False  # 2 repeats of blocks of 16 and 2 channels: to see that it runs
 
 
@@ -61,6 +62,10 @@ def peak_memory(method: str, args: Args) -> float:
 
 def main(args: Args) -> None:
     """Print a Markdown table of medians and peaks."""
+    if args.samples < 1 or args.repeats < 1:
+        sys.exit(f"procgen_speed: --samples {args.samples} and --repeats {args.repeats} must be positive.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("procgen_speed: --device cuda: PyTorch sees no CUDA device here.")
     if args.quick:
         args.samples, args.repeats, args.channels, args.hidden = 16, 2, (2, 2, 2), 8
     threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import torch
@@ -36,7 +37,7 @@ PAPER = {  # milliseconds that the paper reports, on a GPU it does not name
 class Args:
     samples: int = 1024  # block size B
     repeats: int = 11  # timed updates of each method and size, after two that are not counted
-    device: str = "cpu"  # cpu or cuda
+    device: Literal["cpu", "cuda"] = "cpu"
     quick: bool = False  # one repeat with blocks of 64: to see that it runs
 
 
@@ -204,26 +205,28 @@ def peak_memory(method: str, size: str, samples: int, device: str) -> float:
 
 def main(args: Args) -> None:
     """Print a Markdown table of medians and peaks."""
-    samples, repeats = (64, 1) if args.quick else (args.samples, args.repeats)
+    if args.samples < 1 or args.repeats < 1:
+        sys.exit(f"update_speed: --samples {args.samples} and --repeats {args.repeats} must be positive.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("update_speed: --device cuda: PyTorch sees no CUDA device here.")
+    samples, warm_up, repeats = (64, 0, 1) if args.quick else (args.samples, 2, args.repeats)
     print(f"B = {samples}, {args.device}, {torch.get_num_threads()} threads, median of {repeats} interleaved updates\n")
     print("| one update: ms (peak extra MB) |" + "".join(f" {s} {d[0]}-256-256-{d[1]} |" for s, d in SIZES.items()))
     print("|---|" + "---|" * len(SIZES))
-    cells = {method: [] for method in METHODS}
+    times = {(method, size): [] for method in METHODS for size in SIZES}
     for size in SIZES:
         updates = {method: make_update(method, size, samples, args.device) for method in METHODS}
-        times = {method: [] for method in METHODS}
-        for _ in range(repeats + 2):
+        for _ in range(warm_up + repeats):
             for method, update in updates.items():
                 start = time.perf_counter()
                 update()
-                times[method].append((time.perf_counter() - start) * 1e3 / METHODS[method][2])
-        # a process for each method, so that none finds memory that another has left; when quick one for all
-        with get_context("spawn").Pool(1, maxtasksperchild=None if args.quick else 1) as pool:
-            peaks = pool.starmap(peak_memory, [(m, size, samples, args.device) for m in METHODS], chunksize=1)
-        for method, peak in zip(METHODS, peaks, strict=True):
-            cells[method].append(f"{statistics.median(times[method][2:]):.1f} ({round(peak)})")
-    for method, row in cells.items():
-        print(f"| {method} | " + " | ".join(row) + " |")
+                times[method, size].append((time.perf_counter() - start) * 1e3 / METHODS[method][2])
+    # a process for each, so that none finds memory that another has left; when quick one for all
+    with get_context("spawn").Pool(1, maxtasksperchild=None if args.quick else 1) as pool:
+        peaks = pool.starmap(peak_memory, [(*key, samples, args.device) for key in times], chunksize=1)
+    cells = [f"{statistics.median(t[warm_up:]):.1f} ({round(p)})" for t, p in zip(times.values(), peaks, strict=True)]
+    for i, method in enumerate(METHODS):
+        print(f"| {method} | " + " | ".join(cells[i * len(SIZES) : (i + 1) * len(SIZES)]) + " |")
     for method, row in PAPER.items():
         print(f"| {method}, in the paper | " + " | ".join(map(str, row)) + " |")
 

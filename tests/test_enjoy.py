@@ -1,11 +1,12 @@
 """enjoy.py on a real checkpoint: what it prints, records and refuses."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -13,23 +14,27 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from conftest import ROOT, train
 
-ROOT = Path(__file__).parents[1]
+import enjoy
+
 KEYS = (
     "env_id algorithm global_step episodes deterministic return_mean return_std length_mean length_std returns lengths"
 )
 
 
-def run(script, *args, **env):
-    command = [sys.executable, ROOT / script, *map(str, args)]
+def run(*args, **env):
+    """enjoy.py in a process of its own."""
+    command = [sys.executable, ROOT / "enjoy.py", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env, timeout=120)
 
 
-def enjoy(*args):
-    done = run("enjoy.py", *args)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+def play(*args):
+    """What enjoy.py prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        enjoy.main(tyro.cli(enjoy.Args, args=[str(arg) for arg in args]))
+    return output.getvalue()
 
 
 def check_refusal(code, out, err, message):
@@ -38,22 +43,14 @@ def check_refusal(code, out, err, message):
     assert message in err
 
 
-def refuse(message, *args, **env):
-    done = run("enjoy.py", *args, **env)
-    check_refusal(done.returncode, done.stdout, done.stderr, message)
-
-
 @pytest.fixture
-def refuse_here(capfd, monkeypatch):
-    """The same in this process, which is much faster."""
-    monkeypatch.syspath_prepend(ROOT)
-    import enjoy
-
+def refuse(capfd):
     def refuse(message, *args):
         with pytest.raises(SystemExit) as end:
             enjoy.main(tyro.cli(enjoy.Args, args=[str(arg) for arg in args]))
         check_refusal(end.value.code, *capfd.readouterr(), message)
 
+    capfd.readouterr()
     return refuse
 
 
@@ -61,14 +58,13 @@ def refuse_here(capfd, monkeypatch):
 def checkpoint(tmp_path_factory):
     size = ["--total-timesteps", 512, "--num-envs", 4, "--num-steps", 32, "--num-minibatches", 4]
     out = ["--output-dir", tmp_path_factory.mktemp("runs"), "--run-name", "tiny"]
-    done = run("rat_continuous.py", "--env-id", "InvertedPendulum-v5", *size, *out)
-    assert done.returncode == 0, done.stderr
+    train("rat_continuous", "--env-id", "InvertedPendulum-v5", *size, *out)
     return out[1] / "tiny" / "checkpoint.pt"
 
 
 @pytest.fixture(scope="module")
 def result(checkpoint):
-    return json.loads(enjoy(checkpoint, "--episodes", 3, "--json"))
+    return json.loads(play(checkpoint, "--episodes", 3, "--json"))
 
 
 def test_json_is_consistent_and_repeats(checkpoint, result):
@@ -81,11 +77,11 @@ def test_json_is_consistent_and_repeats(checkpoint, result):
         assert result[f"{name}_mean"] == pytest.approx(sum(values) / 3)
         assert result[f"{name}_std"] == pytest.approx((sum((v - sum(values) / 3) ** 2 for v in values) / 3) ** 0.5)
     assert len(set(result["returns"])) > 1  # one seed, but not one episode played three times
-    assert json.loads(enjoy(checkpoint, "--episodes", 3, "--json")) == result
+    assert json.loads(play(checkpoint, "--episodes", 3, "--json")) == result
 
 
 def test_stochastic_differs_and_repeats(checkpoint, result):
-    first, second = (json.loads(enjoy(checkpoint, "--episodes", 3, "--json", "--stochastic")) for _ in range(2))
+    first, second = (json.loads(play(checkpoint, "--episodes", 3, "--json", "--stochastic")) for _ in range(2))
     assert first == second
     assert not first["deterministic"]
     assert first["returns"] != result["returns"]
@@ -93,7 +89,9 @@ def test_stochastic_differs_and_repeats(checkpoint, result):
 
 def test_line(checkpoint, result):
     scores = [f"{name} {result[f'{name}_mean']:.1f} ± {result[f'{name}_std']:.1f}" for name in ("return", "length")]
-    assert enjoy(checkpoint, "--episodes", 3) == f"InvertedPendulum-v5, 3 episodes: {', '.join(scores)}\n"
+    done = run(checkpoint, "--episodes", 3)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"InvertedPendulum-v5, 3 episodes: {', '.join(scores)}\n"
 
 
 def test_returns_equal_a_loop_written_out(checkpoint, result):
@@ -120,7 +118,8 @@ def test_returns_equal_a_loop_written_out(checkpoint, result):
 
 def test_video_holds_every_frame_and_leaves_the_play_as_it_was(checkpoint, result, tmp_path):
     video = tmp_path / "out.mp4"
-    assert json.loads(enjoy(checkpoint, "--episodes", 3, "--json", "--video", video)) == result
+    done = run(checkpoint, "--episodes", 3, "--json", "--video", video)
+    assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", result)
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
     with imageio.get_reader(video) as reader:
         frames, fps = [*iter(reader)], reader.get_meta_data()["fps"]
@@ -130,33 +129,27 @@ def test_video_holds_every_frame_and_leaves_the_play_as_it_was(checkpoint, resul
     assert np.abs(frames[last].astype(int) - frames[0]).max() > 40
 
 
-def test_odd_frames_lose_a_row_and_a_column(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    from enjoy import recorder
-
+def test_odd_frames_lose_a_row_and_a_column(tmp_path):
     class Env:
         metadata = {}  # noqa: RUF012
 
         def render(self):
             return np.full((33, 51, 3), 200, dtype=np.uint8)
 
-    with recorder(Env(), tmp_path / "odd.mp4") as record:
+    with enjoy.recorder(Env(), tmp_path / "odd.mp4") as record:
         record()
         record()
     assert [frame.shape for frame in imageio.get_reader(tmp_path / "odd.mp4")] == [(32, 50, 3)] * 2
 
 
-def test_interrupted_video_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    from enjoy import recorder
-
+def test_interrupted_video_leaves_nothing(tmp_path):
     class Env:
         metadata = {"render_fps": 20}  # noqa: RUF012
 
         def render(self):
             return np.zeros((32, 32, 3), dtype=np.uint8)
 
-    with pytest.raises(KeyboardInterrupt), recorder(Env(), tmp_path / "out.mp4") as record:
+    with pytest.raises(KeyboardInterrupt), enjoy.recorder(Env(), tmp_path / "out.mp4") as record:
         record()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -177,20 +170,19 @@ ALTERED = {
 
 
 @pytest.mark.parametrize("case", ALTERED)
-def test_refuses_altered_checkpoint(checkpoint, tmp_path, refuse_here, case):
+def test_refuses_altered_checkpoint(checkpoint, tmp_path, refuse, case):
     state, (alter, message) = torch.load(checkpoint, weights_only=True), ALTERED[case]
     altered = alter(state)
     torch.save(altered if case == "a tensor" else state, tmp_path / "altered.pt")
-    refuse_here(message, tmp_path / "altered.pt")
+    refuse(message, tmp_path / "altered.pt")
 
 
-def test_refuses_missing_or_damaged_file(checkpoint, tmp_path, refuse_here):
+def test_refuses_missing_or_damaged_file(checkpoint, tmp_path, refuse):
     (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:100_000])
     (tmp_path / "text.pt").write_text("hello")
-    refuse_here("missing", tmp_path / "none.pt")
+    refuse("missing", tmp_path / "none.pt")
     for name in ("half.pt", "text.pt", ""):
-        refuse_here("damaged", tmp_path / name)
-    refuse("damaged", tmp_path / "half.pt")
+        refuse("damaged", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -202,19 +194,23 @@ def test_refuses_missing_or_damaged_file(checkpoint, tmp_path, refuse_here):
         (("--video", "out.gif"), "out.gif"),
     ],
 )
-def test_refuses_argument(checkpoint, tmp_path, monkeypatch, refuse_here, args, message):
+def test_refuses_argument(checkpoint, tmp_path, monkeypatch, refuse, args, message):
     monkeypatch.chdir(tmp_path)
-    refuse_here(message, checkpoint, *args)
+    refuse(message, checkpoint, *args)
     assert not list(tmp_path.iterdir())
 
 
-def test_refuses_unwritable_video(checkpoint, tmp_path):
-    refuse("No such file or directory", checkpoint, "--video", tmp_path / "no" / "out.mp4")
-    (tmp_path / "out.mp4").mkdir()
-    refuse("directory", checkpoint, "--episodes", 1, "--video", tmp_path / "out.mp4")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+@pytest.mark.parametrize(
+    ("name", "message"), [("no/out.mp4", "No such file or directory"), ("folder.mp4", "directory")]
+)
+def test_refuses_unwritable_video(checkpoint, tmp_path, name, message):
+    (tmp_path / "folder.mp4").mkdir()
+    done = run(checkpoint, "--episodes", 1, "--video", tmp_path / name)
+    check_refusal(done.returncode, done.stdout, done.stderr, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
 
 
 def test_says_what_to_install_when_rendering_fails(checkpoint, tmp_path):
-    refuse("libegl1", checkpoint, "--video", tmp_path / "out.mp4", MUJOCO_GL="nonsense")
+    done = run(checkpoint, "--video", tmp_path / "out.mp4", MUJOCO_GL="nonsense")
+    check_refusal(done.returncode, done.stdout, done.stderr, "libegl1")
     assert not list(tmp_path.iterdir())

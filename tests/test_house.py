@@ -31,7 +31,6 @@ DIFFERS = {
         "Actor": "convolutions and a Categorical",
         "Agent": "convolutions, no observation statistics",
         "tape_scores": "takes convolutions, in chunks",
-        "vmap_scores": "observations are bytes, ones made like them would be too",
         "rat_direction": "passes --kernel-memory on",
         "load_checkpoint": "--kernel-memory may change",
         "Collector": "bytes, resets within the step, scaled rewards",
@@ -59,6 +58,9 @@ def test_same_name_same_source():
             if name not in OWN | DIFFERS.get(script, {}).keys():
                 first, text = seen.setdefault(name, (script, source))
                 assert source == text, f"{name} differs between {first}.py and {script}.py"
+    for script, names in DIFFERS.items():
+        for name in names:
+            assert definitions(script)[name] != seen[name][1], f"{name} of {script}.py is no exception"
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "rat_gaussian"])

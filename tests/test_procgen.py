@@ -117,7 +117,12 @@ def test_direction_is_the_proximal_minimiser(damping, with_previous, jacobian):
 def test_the_tape_refuses_what_it_does_not_know():
     torch.manual_seed(0)
     obs, actions = torch.randint(256, (8, 15, 7, 3), dtype=torch.uint8), torch.randint(5, (8,))
-    for setting in ({"groups": 2}, {"dilation": (1, 2), "padding": (1, 2)}, {"padding_mode": "circular"}):
+    for setting in (
+        {"groups": 2},
+        {"dilation": (1, 2), "padding": (1, 2)},
+        {"padding_mode": "circular"},
+        {"padding": "same"},
+    ):
         actor = Strided()
         actor.inner = nn.Conv2d(4, 4, 3, **{"padding": 1} | setting)
         with pytest.raises(TypeError, match=r"inner Conv2d.*--jacobian vmap"):
@@ -126,7 +131,7 @@ def test_the_tape_refuses_what_it_does_not_know():
     actor.inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True))
     with pytest.raises(TypeError, match=r"inner.0 Conv2d.*--jacobian vmap"):
         rat.tape_scores(actor, obs, actions, 512)
-    with pytest.raises(MemoryError, match="--kernel-memory 1 is too little for blocks of 30000 samples"):
+    with pytest.raises(MemoryError, match="--kernel-memory 1 is too little for a block of 30000 samples"):
         rat.tape_scores(Strided(), obs[:1].expand(30000, -1, -1, -1), actions[:1].expand(30000), 1)
 
 

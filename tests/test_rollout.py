@@ -1,11 +1,38 @@
 """Rollout, advantages and running statistics against slow references."""
 
+import importlib
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import train
 
 import rat_continuous as rat
+
+
+@pytest.mark.parametrize("kaczmarz", ["paper", "release", "off"])
+@pytest.mark.parametrize(("script", "core"), [("rat_continuous", "kaczmarz_step"), ("rat_shared", "joint_step")])
+def test_what_blocks_remember(script, core, kaczmarz, tmp_path, monkeypatch):
+    """paper: the block before, in each rollout from nothing; release: across rollouts too; off: nothing."""
+    original, seen = (
+        getattr(module := importlib.import_module(script), core),
+        [],
+    )  # (memory before, after) of each block
+
+    def recorded(*arguments):
+        result = original(*arguments)
+        seen.append((arguments[-1], result[2]))
+        return result
+
+    monkeypatch.setattr(module, core, recorded)
+    train(script, "--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 192,
+          "--update-epochs", 1, "--num-minibatches", 2, "--kaczmarz", kaczmarz, "--output-dir", tmp_path)  # fmt: skip
+    assert len(seen) == 3 * 2
+    for block, (before, _) in enumerate(seen):
+        forgets = kaczmarz == "off" or block == 0 or (kaczmarz == "paper" and block % 2 == 0)
+        assert before is (None if forgets else seen[block - 1][1])
+        assert forgets or before is not None
 
 
 def test_gae_by_hand():
@@ -106,7 +133,6 @@ def test_popart_keeps_its_outputs_and_averages_debiased():
     assert (head.mean.item(), head.std.item()) == pytest.approx(
         (first.mean().item(), first.std(correction=0).item()), rel=1e-4
     )
-    head.update(torch.zeros(100))
     constant = rat.PopArt(16)
     constant.update(torch.full((100,), 5.0))
     assert constant.std.item() == pytest.approx(1e-3)

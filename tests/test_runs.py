@@ -4,7 +4,6 @@ import importlib
 import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,10 +13,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, command, environment, read_csv, run, same, train
+from conftest import SCRIPTS, command, environment, learn, read_csv, run, same, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import enjoy
 
 pytestmark = pytest.mark.parametrize("script", SCRIPTS)
 SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]  # 64-step iterations
@@ -29,10 +26,8 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4, "--inverse-interval", 10],
 }
 SETTINGS = {  # the settings that no other test has
-    "rat_continuous": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
+    "rat_continuous": [["--kaczmarz", "release"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
     "rat_shared": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
-    "npg_cg": [["--line-search"], ["--clip", "none", "--cg-iterations", 1]],
-    "npg_rank1": [["--score", "mean"]],
     "sophia_ppo": [
         ["--shared", "--clip-vloss", "--anneal-lr", "--target-kl", 0.01],
         ["--optimizer", "diag", "--shared"],
@@ -56,11 +51,8 @@ def wait_for(condition, seconds=60):
 
 def test_learns_inverted_pendulum(script, tmp_path, capsys):
     """The policy after at most 60k steps balances for 800 steps and more: sampled actions, 10 episodes."""
-    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 60_000, "--num-envs", 8, "--device", "cpu"]
-    train(script, *arguments, *LEARNS.get(script, []), "--seed", 1, "--output-dir", tmp_path, "--run-name", "learn")
-    capsys.readouterr()
-    enjoy.main(enjoy.Args(tmp_path / "learn" / "checkpoint.pt", stochastic=True, json=True))
-    assert json.loads(capsys.readouterr().out)["return_mean"] >= 800
+    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 60_000, "--num-envs", 8]
+    assert learn(capsys, tmp_path, script, *arguments, *LEARNS.get(script, []), goal=1000) >= 800
 
 
 def test_run_folder_and_clean_output(script, tmp_path):
@@ -88,25 +80,26 @@ def test_same_seed_same_csv(script, tmp_path):
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_resume_after_three_kills(script, tmp_path):
-    arguments = [*SMALL, "--total-timesteps", 64 * 250, "--checkpoint-interval", 7, "--output-dir", tmp_path,
+def test_resume_after_kills(script, tmp_path):
+    arguments = [*SMALL, "--total-timesteps", 64 * 250, "--checkpoint-interval", 3, "--output-dir", tmp_path,
                  "--run-name", "killed"]  # fmt: skip
     folder, resume = tmp_path / "killed", []
-    for kill in range(3):
+    for kill in range(3 if script == "rat_continuous" else 1):
         rows_before = len(read_csv(folder)) if kill else 0
         process = subprocess.Popen(
             command(script, *arguments, *resume), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        wait_for(lambda rows=rows_before: (folder / "checkpoint.pt").exists() and len(read_csv(folder)) > rows)
-        time.sleep(random.uniform(0, 0.4))
+        wait_for(lambda rows=rows_before: (folder / "progress.csv").exists() and len(read_csv(folder)) > rows + 5)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
         resume = ["--resume"]
-    total = 64 * (len(read_csv(folder)) + 10)
+    rows = read_csv(folder)
+    total = 64 * (len(rows) + 10)
     arguments += ["--total-timesteps", total, "--resume"]
     with open(folder / "progress.csv", "a") as file:
-        file.write("999999,1.0,")  # a torn row, as a crash of the machine leaves it
+        file.write(",".join(["999998", *list(rows[-1].values())[1:]]) + "\n")  # a row later than the checkpoint
+        file.write("999999,1.0,")  # and a torn one, as a crash of the machine leaves it
     result = run(script, *arguments)
     assert result.returncode == 0, result.stderr
     expected = list(range(64, total + 1, 64))
@@ -134,19 +127,32 @@ def test_resume_restores_everything_but_the_environments(script, tmp_path):
     assert all(same(before[key], after[key]) for key in before), [k for k in before if not same(before[k], after[k])]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_checkpoint_of_the_last_row(script, number, tmp_path):
-    arguments = [*SMALL, "--total-timesteps", 10**6, "--output-dir", tmp_path, "--run-name", "stopped"]
+def interrupted_as_by_a_terminal(script, arguments, number, folder):
+    """Exit code and stderr after the signal came to the whole process group, the workers of the environments too."""
     process = subprocess.Popen(
         command(script, *arguments, "--vectorization", "async"),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    folder = tmp_path / "stopped"
     wait_for(lambda: (folder / "progress.csv").exists() and len(read_csv(folder)) > 2)
-    # as a terminal does: the whole process group, the workers of the environments too
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_checkpoint_of_the_last_row(script, number, tmp_path, monkeypatch, capsys):
+    arguments = [*SMALL, "--total-timesteps", 10**6, "--output-dir", tmp_path, "--run-name", "stopped"]
+    folder = tmp_path / "stopped"
+    if script == "rat_continuous":
+        code, errors = interrupted_as_by_a_terminal(script, arguments, number, folder)
+    else:  # main is the scripts' own, the rest is rat_continuous.py's
+        original = (module := importlib.import_module(script)).gae
+        monkeypatch.setattr(module, "gae", lambda *a: (os.kill(os.getpid(), number), original(*a))[1])
+        with pytest.raises(SystemExit) as stopped:
+            train(script, *arguments)
+        code, errors = stopped.value.code, capsys.readouterr().err
+        monkeypatch.undo()
+    assert code == 128 + number, errors
     assert errors.count("\n") == 1 and "--resume --run-name stopped" in errors
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"]
     assert step == int(read_csv(folder)[-1]["global_step"])
@@ -170,12 +176,21 @@ def test_values_that_are_not_finite_stop_the_run(script, env_id, quantity, tmp_p
     assert all(t.isfinite().all() for t in saved["agent"].values())
 
 
-def test_blocks_without_a_valid_sample_change_nothing(script, tmp_path):
-    """Episodes of one step: every other step only resets, and is a block of its own here."""
-    arguments = ["--env-id", "toy_envs:OneStep-v0", "--num-envs", 1, "--num-steps", 8, "--num-minibatches", 8]
-    train(script, *arguments, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "x")
-    saved = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
-    assert saved["global_step"] == 128 and all(t.isfinite().all() for t in saved["agent"].values())
+def test_blocks_without_a_valid_sample_do_no_harm(script, tmp_path, monkeypatch):
+    """Episodes of one step: every other step only resets. Four blocks hold the data, four the resets."""
+
+    def order(n, device=None):
+        return torch.arange(n).view(-1, 2, 8).transpose(0, 1).flatten()
+
+    monkeypatch.setattr(torch, "randperm", order)
+    monkeypatch.setattr(torch, "rand", lambda epochs, n, device: order(n).argsort().expand(epochs, n))
+    arguments = ["--env-id", "toy_envs:OneStep-v0", "--num-envs", 8, "--num-steps", 16, "--num-minibatches", 8]
+    train(script, *arguments, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "a")
+    train(script, *arguments, "--total-timesteps", 512, "--output-dir", tmp_path, "--run-name", "b")
+    short, long = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"] for name in "ab")
+    assert all(t.isfinite().all() for t in long.values())
+    (name,) = (name for name in long if "log_std" in name)
+    assert not torch.equal(short[name], long[name])  # what the data taught
 
 
 KL_LEAVES_ITS_BAND = {  # on both sides with these
@@ -212,6 +227,8 @@ BAD = {
     "indivisible": (["--num-envs", "3", "--num-steps", "5"], "does not divide"),
     "zero environments": (["--num-envs", "0"], "--num-envs 0"),
     "negative steps": (["--num-steps", "-5"], "--num-steps -5"),
+    "one step": (["--num-steps", "1"], "--num-steps 1"),
+    "blocks of one sample": (["--num-minibatches", "64"], "--num-minibatches 64"),
     "zero epochs": (["--update-epochs", "0"], "--update-epochs 0"),
     "zero minibatches": (["--num-minibatches", "0"], "--num-minibatches 0"),
     "zero interval": (["--checkpoint-interval", "0"], "--checkpoint-interval 0"),
@@ -224,7 +241,7 @@ BAD = {
     "negative seed": (["--seed", "-1"], "--seed -1"),
     "envpool missing": (["--vectorization", "envpool"], "pip install envpool"),
     "resume without checkpoint": (["--resume", "--run-name", "nothing"], "missing"),
-    "unknown kaczmarz": (["--kaczmarz", "sometimes"], "kaczmarz"),
+    "unknown choice": (["--vectorization", "sometimes"], "vectorization"),
 }
 if not torch.cuda.is_available():
     BAD["no cuda"] = (["--device", "cuda"], "--device cuda")
@@ -246,7 +263,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(script, case, tmp_path, mo
     arguments, named = BAD[case]
     sentence = refused(capsys, script, *SMALL, "--total-timesteps", 640, "--output-dir", tmp_path / "runs", *arguments)
     assert named in sentence
-    if case != "unknown kaczmarz":  # tyro draws a box around what it refuses
+    if case != "unknown choice":  # tyro draws a box around what it refuses
         assert sentence.startswith(f"{script}: ") and sentence.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
@@ -310,6 +327,6 @@ def test_bad_folders_and_checkpoints(script, tmp_path, capsys):
 
 
 def test_settings_run(script, tmp_path):
-    for number, options in enumerate(SETTINGS[script]):
+    for number, options in enumerate(SETTINGS.get(script, [])):
         train(script, *SMALL, "--total-timesteps", 256, "--output-dir", tmp_path, "--run-name", number, *options)
         assert len(read_csv(tmp_path / str(number))) == 4

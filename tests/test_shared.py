@@ -1,15 +1,13 @@
 """rat_targets and joint_step of rat_shared.py against explicit float64 formulas with materialised scores."""
 
 import copy
-import json
 
 import gymnasium as gym
 import pytest
 import torch
-from conftest import flat, train
+from conftest import flat, learn, train
 from torch.func import functional_call, jacrev
 
-import enjoy
 import rat_shared as rat
 
 SPACES = {"Gaussian": gym.spaces.Box(-1, 1, (2,)), "Categorical": gym.spaces.Discrete(3)}
@@ -174,10 +172,7 @@ def test_discrete_actions_start_where_the_space_does():
 def test_learns_cart_pole(tmp_path, capsys):
     """The policy after 30k steps balances for 400 steps and more: sampled actions, 10 episodes."""
     arguments = ["--env-id", "CartPole-v1", "--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 32]
-    train("rat_shared", *arguments, "--seed", 1, "--device", "cpu", "--output-dir", tmp_path, "--run-name", "learn")
-    capsys.readouterr()
-    enjoy.main(enjoy.Args(tmp_path / "learn" / "checkpoint.pt", stochastic=True, json=True))
-    assert json.loads(capsys.readouterr().out)["return_mean"] >= 400
+    assert learn(capsys, tmp_path, "rat_shared", *arguments, goal=500) >= 400
 
 
 def test_negative_entropy_bonus_is_refused(tmp_path, capsys):

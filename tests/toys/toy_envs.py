@@ -2,7 +2,7 @@
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict
 
 
 class Toy(gym.Env):
@@ -32,9 +32,7 @@ class Toy(gym.Env):
 
 
 KINDS = {
-    "Plain": {},
     "UnboundedActions": {"action": Box(-np.inf, np.inf, (1,))},
-    "DiscreteActions": {"action": Discrete(3)},
     "DictObs": {"observation": Dict({"a": Box(-1, 1, (3,))})},
     "ImageObs": {"observation": Box(0, 255, (8, 8, 3), np.uint8)},
     "OneStep": {"length": 1},
