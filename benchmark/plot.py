@@ -226,7 +226,7 @@ def picture_of_curves(path: Path, groups: dict[str, dict[str, list[Run]]], look:
                 draw(axis, x / unit, returns.mean(0), interval([returns], mean), i, style)
         axis.set_title(env_id, fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(5))
-    for axis in axes[-1]:
+    for axis in axes.flat[len(groups) - columns : len(groups)]:  # the lowest panel of each column
         axis.set_xlabel("million environment steps" if by == "global_step" else "minutes")
     for axis in axes[:, 0]:
         axis.set_ylabel("episodic return")
