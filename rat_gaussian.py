@@ -115,7 +115,7 @@ def fail(sentence: str) -> NoReturn:
 
 def main(args: Args) -> None:
     """Print the similarities, draw the fields."""
-    for name, least in {"optimum": -1000, "noise": 0, "samples": 2, "seed": 0, "points": 2}.items():
+    for name, least in {"optimum": -(2**31), "noise": 0, "samples": 2, "seed": 0, "points": 2}.items():
         if not least <= getattr(args, name) < 2**31:
             fail(f"--{name} {getattr(args, name)} must lie in [{least}, 2**31).")
     for name in ("entropy", "damping"):
@@ -137,7 +137,7 @@ def main(args: Args) -> None:
         try:
             draw(args, grid, gradients, similarity)
         except (OSError, ValueError) as error:  # no such folder, no such format
-            fail(f"--out {args.out} cannot be written ({error}).")
+            fail(f"--out {args.out} cannot be written ({error}), name a picture in a folder that exists.")
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, kernel_memory: i
             used = sum(x.nbytes + 5 * z.nbytes for [(x, z)] in calls.values())
             spare = kernel_memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
             if spare < used:
-                raise MemoryError(f"--kernel-memory {kernel_memory} is too little for a block of {len(obs)} samples")
+                raise MemoryError(f"raise --kernel-memory {kernel_memory}, too little for blocks of {len(obs)} samples")
         start, size = part.stop, int(spare // used)
     return [(x, g, list(params)) for params, (x, g) in rows.items()]
 
@@ -256,7 +256,7 @@ def rat_direction(
     advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0), so that rows of weight
     zero drop out; previous is g_{j-1}, without it the step starts from zero and is equation (1).
     Returns g_j, an ascent direction, one tensor per actor.parameters() in that order. Raises FloatingPointError
-    where scores or advantages are not finite, TypeError for a layer that only jacobian="vmap" takes, MemoryError."""
+    where scores or advantages are not finite, TypeError and MemoryError as tape_scores does."""
     scores = vmap_scores(actor, obs, actions) if jacobian == "vmap" else tape_scores(actor, obs, actions, kernel_memory)
     memory = dict(zip(actor.parameters(), previous, strict=True)) if previous is not None else {}
     with torch.no_grad():
@@ -416,7 +416,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
 
     def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on are handed over before it
+        logger.events.flush()  # the points and rows that a checkpoint counts on reach the operating system before it
         with open(checkpoint.with_suffix(".partial"), "wb") as file:
             torch.save(state, file)
             file.flush()

@@ -414,7 +414,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
 
     def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on are handed over before it
+        logger.events.flush()  # the points and rows that a checkpoint counts on reach the operating system before it
         with open(checkpoint.with_suffix(".partial"), "wb") as file:
             torch.save(state, file)
             file.flush()

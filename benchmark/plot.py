@@ -283,6 +283,13 @@ def show(args: Args, runs: list[Run]) -> None:
     print_table(f"final return, mean ± standard error ({what})", envs, rows)
     print("No error and no band where there is one seed. `at`: steps where the shortest run ends, if others go on.\n")
 
+    states = {method: [] for method in methods}  # where runs tell: how far a rollout moved the policy, its noise
+    for method, cells in states.items():
+        for group in groups.values():
+            told = [run.columns for run in group[method] if {"kl", "entropy"} <= run.columns.keys()]
+            cells.append("; ".join(f"{np.nanmedian(c['kl']):.4f}, {c['entropy'][-1]:.1f}" for c in told) or "-")
+    print_table("median KL, entropy at the end [nats]; by seed", envs, states)
+
     unit = {env: next((r[task(env)][0] for r in published.values() if task(env) in r), None) for env in envs}
     common = [env for env in envs if unit[env] and all((env, method) in finals for method in methods)]
     scores = {m: [finals[env, m] / unit[env] for env in common] for m in methods} if common else {}
@@ -313,8 +320,9 @@ def show(args: Args, runs: list[Run]) -> None:
 def main(args: Args) -> None:
     """Thin runs, or draw them and print the tables."""
     plt.rcParams.update({"font.size": 8, "legend.fontsize": 9})
+    formats = FigureCanvasBase.get_supported_filetypes()
     for name in ("out", "wall_clock", "profile"):
-        path, formats = getattr(args, name), FigureCanvasBase.get_supported_filetypes()
+        path = getattr(args, name)
         if path and path.suffix[1:] not in formats:
             fail(f"--{name.replace('_', '-')} {path} must end in one of .{', .'.join(formats)}.")
     runs = choose([read(path) for path in sorted(args.paths)], args.partial)

@@ -65,7 +65,7 @@ def main(args: Args) -> None:
     if args.samples < 1 or args.repeats < 1:
         sys.exit(f"procgen_speed: --samples {args.samples} and --repeats {args.repeats} must be positive.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("procgen_speed: --device cuda: PyTorch sees no CUDA device here.")
+        sys.exit("procgen_speed: --device cuda: PyTorch sees no CUDA device here, use --device cpu.")
     if args.quick:
         args.samples, args.repeats, args.channels, args.hidden = 16, 2, (2, 2, 2), 8
     threads = torch.get_num_threads()

@@ -208,7 +208,7 @@ def main(args: Args) -> None:
     if args.samples < 1 or args.repeats < 1:
         sys.exit(f"update_speed: --samples {args.samples} and --repeats {args.repeats} must be positive.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("update_speed: --device cuda: PyTorch sees no CUDA device here.")
+        sys.exit("update_speed: --device cuda: PyTorch sees no CUDA device here, use --device cpu.")
     samples, warm_up, repeats = (64, 0, 1) if args.quick else (args.samples, 2, args.repeats)
     print(f"B = {samples}, {args.device}, {torch.get_num_threads()} threads, median of {repeats} interleaved updates\n")
     print("| one update: ms (peak extra MB) |" + "".join(f" {s} {d[0]}-256-256-{d[1]} |" for s, d in SIZES.items()))

@@ -64,6 +64,18 @@ def test_update_speed_prints_every_row():
             assert float(megabytes) >= 0 and not megabytes.startswith("-")
 
 
+@pytest.mark.parametrize("name", ["update_speed", "procgen_speed"])
+@pytest.mark.parametrize("bad", [{"repeats": 0}, {"samples": 0}, {"device": "cuda"}])
+def test_speed_programs_refuse_with_one_sentence(name, bad, monkeypatch):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        module.main(module.Args(**bad))
+    assert str(error.value).startswith(f"{name}: ") and f"--{next(iter(bad))} {next(iter(bad.values()))}" in str(
+        error.value
+    )
+
+
 # benchmark.sh
 def benchmark(*arguments, script=ROOT / "benchmark.sh", wait=True, **variables):
     """Run benchmark.sh with these variables and no others; wait=False gives the process."""
@@ -184,6 +196,14 @@ def test_workers_run_side_by_side_with_one_thread(tmp_path):
     assert lines.index("end") < [i for i, line in enumerate(lines) if line == "start 1"][3]
 
 
+def test_runs_where_files_cannot_be_locked(tmp_path):
+    interpreter(tmp_path / "flock", "exit 65")  # as on file systems without locks
+    python = interpreter(tmp_path / "python", 'mkdir -p "${@: -3:1}/${@: -1}"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = benchmark(METHODS="rat", RUNS=tmp_path / "runs", PYTHON=python, PATH=path)
+    assert result.returncode == 0 and "1 finished, 0 skipped, 0 failed" in result.stdout
+
+
 def test_resumes_after_a_kill(tmp_path):
     small = {"METHODS": "rat", "RUNS": tmp_path}
     folder = tmp_path / "InvertedPendulum-v5__rat__1"
@@ -232,6 +252,14 @@ def test_plot_counts_and_draws(tmp_path, capsys):
     # over 2334.6 and 4629.2: 0.857, 1.285, 1, 2, whose middle half is 1 and 1.285; 0.5, 0.25, 0.75 has no middle half
     assert any(line.startswith("| rat | 1.143 [") and line.endswith("] | 4 |") for line in lines)
     assert "| ppo | 0.500 | 3 |" in lines
+
+
+def test_the_lowest_panel_of_each_column_has_a_label(tmp_path):
+    columns = {"global_step": np.array([0.0, 10, 20]), "episodic_return": np.array([1.0, 2, 3])}
+    groups = {f"T{i}-v0": {"rat": [plot.Run("", f"T{i}-v0", "rat", "1", columns, 20, 20)]} for i in range(5)}
+    plot.picture_of_curves(tmp_path / "five.png", groups, plot.styles(["rat"]), "global_step", 1e6)
+    assert [bool(axis.get_xlabel()) for axis in plot.plt.gcf().axes] == [False, False, True, True, True, False]
+    plot.plt.close()
 
 
 @pytest.mark.parametrize("width", [4.2, 8.4, 10])

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -282,6 +283,21 @@ def test_envpool_without_the_environment(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "envpool", types.SimpleNamespace(list_all_envs=lambda: ["Pong-v5"]))
     sentence = refused(capsys, script, *SMALL, "--vectorization", "envpool", "--output-dir", tmp_path / "runs")
     assert "--vectorization sync" in sentence and sentence.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_envpool_gets_the_processs_threads_and_a_seed_of_31_bits(script, monkeypatch):
+    made = []
+
+    def make(env_id, **options):
+        made.append(options)
+        return gym.make_vec(env_id, options["num_envs"])
+
+    fake = types.SimpleNamespace(list_all_envs=lambda: ["InvertedPendulum-v5"], make_gymnasium=make)
+    monkeypatch.setitem(sys.modules, "envpool", fake)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    module = importlib.import_module(script)
+    module.make_envs(module.Args(env_id="InvertedPendulum-v5", num_envs=2, vectorization="envpool"), 2**31 + 5)
+    assert made == [{"num_envs": 2, "seed": 5, "num_threads": 3}]
 
 
 def test_envpool_steps_like_gymnasium(script, tmp_path):
