@@ -1,4 +1,4 @@
-"""Learning curves, a table of final returns, interquartile means and performance profiles of finished runs.
+"""Learning curves, a table of final returns, KL and entropy, interquartile means and performance profiles of runs.
 
 Run: python benchmark/plot.py --out curves.png --wall-clock time.png --profile profile.png runs/*__*__*
 A run is a folder, or a CSV file that --thin made of it, named ENVIRONMENT__METHOD__SEED. Intervals are 95 % percentile
