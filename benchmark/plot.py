@@ -205,9 +205,14 @@ def draw(axis: Axes, x: np.ndarray, y: np.ndarray, band: tuple | None, number: i
     axis.grid(alpha=0.3)
 
 
+def legend_columns(width: float) -> int:
+    return int(width / 2)  # two inches a name
+
+
 def legend(figure: plt.Figure, look: dict[str, dict]) -> None:
+    """A name for each line style, below the panels."""
     lines = [plt.Line2D([], [], **style, label=method) for method, style in look.items()]
-    columns = min(len(lines), int(figure.get_figwidth() / 2))  # two inches a name
+    columns = min(len(lines), legend_columns(figure.get_figwidth()))
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
 
 
@@ -215,7 +220,8 @@ def picture_of_curves(path: Path, groups: dict[str, dict[str, list[Run]]], look:
     """One panel an environment; a method's mean and band over seeds, up to where its shortest run ends."""
     columns = min(len(groups), 2 if len(groups) in (2, 4) else 3)
     rows = math.ceil(len(groups) / columns)
-    size = (min(10, 4.2 * columns), 2.6 * rows + 0.6)
+    width = min(10, 2.1 + 4.2 * columns)
+    size = (width, 2.6 * rows + 0.4 + 0.2 * math.ceil(len(look) / legend_columns(width)))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
@@ -291,8 +297,13 @@ def show(args: Args, runs: list[Run]) -> None:
     print_table("median KL, entropy at the end [nats]; by seed", envs, states)
 
     unit = {env: next((r[task(env)][0] for r in published.values() if task(env) in r), None) for env in envs}
-    common = [env for env in envs if unit[env] and all((env, method) in finals for method in methods)]
-    scores = {m: [finals[env, m] / unit[env] for env in common] for m in methods} if common else {}
+    shared = {env: set.intersection(*({r.seed for r in g[m]} for m in methods)) for env, g in groups.items()}
+    common = [env for env in envs if unit[env] and shared[env]]
+    scores = {m: [] for m in methods} if common else {}  # more seeds on one task would shift a method's weight there
+    for m, tasks in scores.items():
+        for env in common:
+            kept = [run.seed in shared[env] for run in groups[env][m]]
+            tasks.append(finals[env, m][kept] / unit[env])
     iqm = {m: (interquartile_mean(*t, axis=0), interval(t, interquartile_mean)) for m, t in scores.items()}
     if common:
         cells = {
@@ -300,11 +311,12 @@ def show(args: Args, runs: list[Run]) -> None:
             for m, (x, ci) in iqm.items()
         }
         print_table("interquartile mean", ["[95 % interval] of final return / reference", "runs"], cells)
-        print(f"Reference 1: the first published row. Environments: {', '.join(common)}.")
+        counted = ", ".join(f"{env} (seeds {', '.join(sorted(shared[env]))})" for env in common)
+        print(f"Reference 1: the first published row. Counted, the seeds that every method has: {counted}.")
     if missing := [env for env in envs if env not in common]:
-        print(f"Not in interquartile means and profiles, for want of a method or a reference: {', '.join(missing)}.")
+        print(f"Not in interquartile means and profiles, no seed of every method or no reference: {', '.join(missing)}.")
     if args.profile and not common:
-        fail("--profile needs an environment that has a published return and a run of every method.")
+        fail("--profile needs an environment that has a published return and a seed that every method has.")
 
     look = styles(methods) if args.out or args.wall_clock or args.profile else {}
     if args.out:
