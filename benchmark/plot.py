@@ -314,7 +314,7 @@ def show(args: Args, runs: list[Run]) -> None:
         counted = ", ".join(f"{env} (seeds {', '.join(sorted(shared[env]))})" for env in common)
         print(f"Reference 1: the first published row. Counted, the seeds that every method has: {counted}.")
     if missing := [env for env in envs if env not in common]:
-        print(f"Not counted there, for want of a seed of every method or a reference: {', '.join(missing)}.")
+        print(f"No interquartile mean, for want of a seed of every method or a reference: {', '.join(missing)}.")
     if args.profile and not common:
         fail("--profile needs an environment that has a published return and a seed that every method has.")
 
