@@ -46,7 +46,6 @@ case $suite in
 esac
 seeds=${SEEDS:-$seeds} methods=${METHODS:-$known} envs=${ENVS:-$envs}
 workers=${WORKERS:-1} runs=${RUNS:-runs} python=${PYTHON:-python}
-command -v "$python" >/dev/null || fail "PYTHON=$python is not there, name an interpreter or activate its environment."
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "WORKERS=$workers must be a positive integer."
 [[ $# == 0 || $* == --dry-run ]] || fail "$* is not understood, the only argument is --dry-run, all else is a variable."
 for method in $methods; do
@@ -56,6 +55,7 @@ done
 here=$(dirname "$0") # not for sbatch, which runs a copy elsewhere
 [[ -f $here/rat_continuous.py ]] || here=${SLURM_SUBMIT_DIR:-.}
 cd "$here" && [[ -f rat_continuous.py ]] || fail "there is no rat_continuous.py in $here, submit from the checkout."
+command -v "$python" >/dev/null || fail "PYTHON=$python is not there, name an interpreter or activate its environment."
 vectorization=""
 if [[ $suite != procgen ]]; then
   has_envpool="import importlib.util as u, sys; sys.exit(u.find_spec('envpool') is None)"

@@ -93,7 +93,7 @@ def make_env(state: dict, render: bool) -> gym.Env:
             env.reset(seed=0)
             env.render()
     except Exception as error:  # OpenGL without its library raises anything from AttributeError to FatalError
-        if not render or isinstance(error, gym.error.UnregisteredEnv):
+        if not render or isinstance(error, (gym.error.UnregisteredEnv, ModuleNotFoundError)):
             fail(f"{env_id} cannot be made: {error}")
         sys.unraisablehook = lambda _: None  # Gymnasium's half-made viewer raises once more when it is freed
         fail(f"{env_id} cannot be rendered ({error}): without a display MuJoCo needs EGL, Debian's libegl1.")

@@ -214,7 +214,7 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, kernel_memory: i
         for m, name in layers.items():  # _version: an in-place activation has overwritten the output
             plain = (1, (1, 1), "zeros", tuple)
             conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode, type(m.padding)) == plain
-            once = len(calls[m]) == 1 and calls[m][0][1].dim() == m.weight.dim() and not calls[m][0][1]._version
+            once = [(len(z), z.dim(), z._version) for *_, z in calls[m]] == [(len(obs[part]), 4 if conv else 2, 0)]
             if not (conv or type(m) is nn.Linear) or not once or len(set(owned)) < len(owned):
                 raise TypeError(f"the tape takes Linear and plain Conv2d called once, not {name} {m}: --jacobian vmap")
         for m, g in zip(layers, torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers]), strict=True):

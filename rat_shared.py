@@ -217,7 +217,7 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Te
     for hook in hooks:
         hook.remove()
     for m, name in layers.items():  # _version: an in-place activation has overwritten the output
-        once = type(m) is nn.Linear and len(calls[m]) == 1 and calls[m][0][1].dim() == 2 and not calls[m][0][1]._version
+        once = type(m) is nn.Linear and [(z.shape[:-1], z._version) for *_, z in calls[m]] == [(obs.shape[:1], 0)]
         if not once or len(set(owned)) < len(owned):
             raise TypeError(f"the tape takes Linear layers called once on [B, d], not {name} {m}: use --jacobian vmap")
     grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])

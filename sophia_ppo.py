@@ -264,10 +264,10 @@ def policy_step(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, batc
     error = value_loss(args, value, old_value, returns) if args.shared else torch.zeros_like(y)
     optimizer.zero_grad()
     ((loss - args.ent_coef * policy.entropy() + args.vf_coef * error) @ share).backward()
-    if args.optimizer == "diag":
-        for p, diagonal in fisher_diagonal(agent, obs, actions, share).items():
-            p.grad /= diagonal + args.damping
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if args.optimizer == "diag":
+        diagonal = fisher_diagonal(agent, obs, actions, share)  # knows linear layers: others are a KeyError
+        torch._foreach_div_([p.grad for p in parameters], [diagonal[p] + args.damping for p in parameters])
     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
     optimizer.step()
     if args.optimizer == "sophia" and optimizer.param_groups[0]["updates"] % 10 == 0:

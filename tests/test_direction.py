@@ -187,8 +187,20 @@ class Twice(Normed):
         return Categorical(logits=self.net(self.net[0](obs)), validate_args=False)
 
 
+class OneRow(Normed):
+    """A policy with a layer that sees one row for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.offset = nn.Linear(4, 3), nn.Linear(1, 3, bias=False)
+
+    def forward(self, obs):
+        return Categorical(logits=self.net(obs) + self.offset(obs.new_ones(1, 1)), validate_args=False)
+
+
 @pytest.mark.parametrize(
-    ("policy", "named"), [(Normed, "LayerNorm"), (Overwritten, "net.0"), (Tied, "net.0"), (Twice, "net.0")]
+    ("policy", "named"),
+    [(Normed, "LayerNorm"), (Overwritten, "net.0"), (Tied, "net.0"), (Twice, "net.0"), (OneRow, "offset")],
 )
 def test_the_tape_refuses_what_it_does_not_know_and_vmap_takes_it(policy, named):
     torch.manual_seed(0)

@@ -131,6 +131,10 @@ def test_the_tape_refuses_what_it_does_not_know():
     actor.inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True))
     with pytest.raises(TypeError, match=r"inner.0 Conv2d.*--jacobian vmap"):
         rat.tape_scores(actor, obs, actions, 512)
+    actor = Strided()
+    actor.head.register_forward_pre_hook(lambda _, inputs: inputs[0][:1])  # one row for all samples
+    with pytest.raises(TypeError, match=r"head Linear.*--jacobian vmap"):
+        rat.tape_scores(actor, obs, actions, 512)
     with pytest.raises(MemoryError, match="raise --kernel-memory 1, too little for blocks of 30000 samples"):
         rat.tape_scores(Strided(), obs[:1].expand(30000, -1, -1, -1), actions[:1].expand(30000), 1)
 
