@@ -156,6 +156,11 @@ def test_bad_variables_are_one_sentence(variables, word, tmp_path):
     assert result.stderr.startswith("benchmark.sh: ") and result.stderr.count("\n") == 1 and word in result.stderr
 
 
+def test_the_interpreter_is_sought_from_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert all(line.startswith("OMP_NUM_THREADS=1 ./benchmark.sh ") for line in dry_run(PYTHON="./benchmark.sh"))
+
+
 def interpreter(path, script):
     """A program to take for PYTHON."""
     path.write_text(f"#!/usr/bin/env bash\n{script}\n")
