@@ -1,11 +1,13 @@
 """The benchmark programs run and print what they promise."""
 
 import contextlib
+import csv
 import importlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -309,6 +311,22 @@ def test_plot_intervals():
     assert np.allclose(plot.interval([returns], plot.mean), [[0, 5], [1, 5]])
     assert plot.interval([returns[:1]], plot.mean) is None
     assert np.allclose(plot.interval([np.array([0.0, 1.0]), np.array([3.0, 3.0])], plot.mean), [1.5, 2])
+
+
+def test_the_tables_of_returns_are_those_of_the_committed_runs(capsys):
+    """What plot.py prints of benchmark/results stands in the README, evaluation.csv in the results' own."""
+    results, readme = ROOT / "benchmark" / "results", (ROOT / "README.md").read_text()
+    for folder, options in (("paper", []), ("kaczmarz", ["--every-seed"])):
+        table, *_ = show(capsys, *options, *(results / folder).glob("*.csv")).split("\n| paper's RAT")
+        assert table in readme
+    assert f"These are {len(list((results / 'paper').iterdir()))} of the 210 runs" in readme
+    head, *table = re.findall(r"^\|.*\|$", (results / "README.md").read_text(), re.M)[: 2 + len(METHODS)]
+    with open(results / "evaluation.csv", newline="") as file:
+        returns = {row["run"]: float(row["return_mean"]) for row in csv.DictReader(file)}
+    for method, line in zip(METHODS, table[1:], strict=True):
+        runs = [[f"{env}__{method}__{seed}" for seed in (1, 2, 3)] for env in head[2:-2].split(" | ")[1:]]
+        cells = [", ".join(f"{returns[run]:.0f}" for run in row if run in returns) or "-" for row in runs]
+        assert line == f"| {method} | {' | '.join(cells)} |"
 
 
 @pytest.mark.parametrize(
