@@ -94,8 +94,9 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        threads = {"num_threads": torch.get_num_threads()}
-        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed % 2**31, **threads)
+        options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
+        options |= {"post_constraint": True} if "Humanoid" in args.env_id else {}  # else v4 has no contact forces
+        envs = envpool.make_gymnasium(args.env_id, **options)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
@@ -264,7 +265,7 @@ class KFAC(torch.optim.Optimizer):
             total = total + (v * gradient).sum()
             directions.append((params, stats, v))
         if not total.isfinite():
-            raise FloatingPointError("the K-FAC step is not finite: bad gradients or low damping")
+            raise FloatingPointError("the K-FAC step is not finite: bad gradients, low damping or factors of low rank")
         clip = (group["kl_clip"] / (group["lr"] ** 2 * total)).sqrt().clamp(max=1)
         for params, stats, v in directions:  # (11)
             buffer = stats.setdefault("momentum", torch.zeros_like(v)).lerp_(clip * v, 1 - group["momentum"])
@@ -449,8 +450,7 @@ def main(args: Args) -> None:
                 loss.backward()
                 clips.append(kfac.step())
             with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
-                policy, _ = actor(obs[block])
-                log_ratio = policy.log_prob(actions[block]) - old_log_prob[block]  # [B]
+                log_ratio = (policy := actor(obs[block])[0]).log_prob(actions[block]) - old_log_prob[block]  # [B]
                 metrics = {
                     "kfac/kl": kl_divergence(old_actor(obs[block])[0], policy) @ share,
                     "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # the same, sampled
@@ -473,7 +473,7 @@ def main(args: Args) -> None:
             for tag in ("kfac/kl", "losses/entropy", "kfac/clip", "losses/value_loss"):
                 if not math.isfinite(metrics[tag]):
                     raise FloatingPointError(f"{tag} is not finite")
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # eigh's, of statistics that are not finite
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # eigh's: not finite, or of low rank
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
         low, group = 0.005 if args.shared else 0.004, kfac.param_groups[0]

@@ -96,8 +96,9 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        threads = {"num_threads": torch.get_num_threads()}
-        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed % 2**31, **threads)
+        options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
+        options |= {"post_constraint": True} if "Humanoid" in args.env_id else {}  # else v4 has no contact forces
+        envs = envpool.make_gymnasium(args.env_id, **options)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
@@ -474,7 +475,6 @@ def main(args: Args) -> None:
         except FloatingPointError as error:
             save(last_good)
             fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-
         wall_seconds = time.time() - started
         episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
         metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}

@@ -99,8 +99,9 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
             fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        threads = {"num_threads": torch.get_num_threads()}
-        envs = envpool.make_gymnasium(args.env_id, num_envs=args.num_envs, seed=seed % 2**31, **threads)
+        options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
+        options |= {"post_constraint": True} if "Humanoid" in args.env_id else {}  # else v4 has no contact forces
+        envs = envpool.make_gymnasium(args.env_id, **options)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
@@ -256,8 +257,7 @@ def policy_step(args: Args, agent: Agent, optimizer: torch.optim.Optimizer, batc
     KL, share of ratios outside the clip range, critic's loss (0 unless shared), policy's loss."""
     obs, actions, old_log_prob, old_value, returns, y, share = batch
     policy, value = agent(obs, valued=args.shared)
-    log_ratio = policy.log_prob(actions) - old_log_prob  # [B]
-    ratio = log_ratio.exp()
+    ratio = (log_ratio := policy.log_prob(actions) - old_log_prob).exp()  # [B]
     loss = -torch.min(ratio * y, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * y)  # PPO, equation 7
     if args.optimizer == "diag":  # RAT's policy gradient: weights without gradient, so the score survives their clamp
         loss = -ratio.detach().clamp(0.1, 10) * y * log_ratio

@@ -285,19 +285,20 @@ def test_envpool_without_the_environment(script, tmp_path, monkeypatch, capsys):
     assert "--vectorization sync" in sentence and sentence.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-def test_envpool_gets_the_processs_threads_and_a_seed_of_31_bits(script, monkeypatch):
+@pytest.mark.parametrize("env_id, more", [("InvertedPendulum-v5", {}), ("Humanoid-v4", {"post_constraint": True})])
+def test_envpool_gets_the_processs_threads_and_a_seed_of_31_bits(script, env_id, more, monkeypatch):
     made = []
 
     def make(env_id, **options):
         made.append(options)
         return gym.make_vec(env_id, options["num_envs"])
 
-    fake = types.SimpleNamespace(list_all_envs=lambda: ["InvertedPendulum-v5"], make_gymnasium=make)
+    fake = types.SimpleNamespace(list_all_envs=lambda: [env_id], make_gymnasium=make)
     monkeypatch.setitem(sys.modules, "envpool", fake)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     module = importlib.import_module(script)
-    module.make_envs(module.Args(env_id="InvertedPendulum-v5", num_envs=2, vectorization="envpool"), 2**31 + 5)
-    assert made == [{"num_envs": 2, "seed": 5, "num_threads": 3}]
+    module.make_envs(module.Args(env_id=env_id, num_envs=2, vectorization="envpool"), 2**31 + 5)
+    assert made == [{"num_envs": 2, "seed": 5, "num_threads": 3} | more]
 
 
 def test_envpool_steps_like_gymnasium(script, tmp_path):
@@ -314,6 +315,9 @@ def test_envpool_steps_like_gymnasium(script, tmp_path):
         assert (reward[before] == 0).all() and (np.abs(obs[done, 1]) > 0.2).all()  # done comes with the true last one
     assert ends > 10
     train(script, *SMALL, "--total-timesteps", 128, "--vectorization", "envpool", "--output-dir", tmp_path)
+    envs, _ = module.make_envs(module.Args(env_id="Humanoid-v4", num_envs=2, vectorization="envpool"), seed=1)
+    obs = np.stack([envs.step(np.zeros((2, 17), np.float32))[0] for _ in range(30)])
+    assert obs[..., 292:].any()  # contact forces, zero in EnvPool's v4 unless asked for
 
 
 def test_bad_folders_and_checkpoints(script, tmp_path, capsys):
