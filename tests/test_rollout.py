@@ -114,6 +114,30 @@ def test_collector_replays_on_single_environments(env_id, steps, monkeypatch, nu
     np.testing.assert_allclose(np.array(collector.finished), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("env_id", "hidden"), [("Swimmer-v4", 2), ("HalfCheetah-v4", 1), ("Walker2d-v4", 1)])
+def test_envpool_steps_like_gymnasium_from_the_same_state(env_id, hidden):
+    """Tasks on which EnvPool's own version of MuJoCo and the pinned one agree; observations hide the first positions,
+    on which nothing depends, and clip velocities at 10."""
+    pytest.importorskip("envpool")
+    envs, obs = rat.make_envs(rat.Args(env_id=env_id, num_envs=1, vectorization="envpool"), seed=3)
+    twin = gym.make(env_id).unwrapped
+    twin.reset(seed=0)
+    positions, compared, generator = twin.model.nq - hidden, 0, np.random.default_rng(1)
+    for _ in range(100):
+        position, velocity = obs[0, :positions], obs[0, positions:]
+        action = 0.6 * generator.uniform(-1, 1, envs.single_action_space.shape).astype(np.float32)
+        obs, reward, terminated, truncated, _ = envs.step(action[None])
+        if np.abs(velocity).max() < 10:
+            twin.set_state(np.concatenate([np.zeros(hidden), position]), velocity)
+            expected, expected_reward, end, _, _ = twin.step(action)
+            assert np.allclose(obs[0], expected, rtol=1e-9, atol=1e-9) and end == terminated[0]
+            assert reward[0] == pytest.approx(expected_reward, rel=1e-6, abs=1e-6)
+            compared += 1
+        if terminated[0] or truncated[0]:
+            obs = envs.step(action[None])[0]
+    assert compared > 50
+
+
 def test_popart_keeps_its_outputs_and_averages_debiased():
     torch.manual_seed(0)
     head, features = rat.PopArt(16, beta=0.9), torch.randn(50, 16)
