@@ -100,7 +100,7 @@ def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
         if args.env_id not in envpool.list_all_envs():
             fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
         options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
-        options |= {"post_constraint": True} if "Humanoid" in args.env_id else {}  # else v4 has no contact forces
+        options |= {"post_constraint": True} if args.env_id[:-3] in ("Humanoid", "HumanoidStandup") else {}  # contacts
         envs = envpool.make_gymnasium(args.env_id, **options)
     else:
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
