@@ -105,6 +105,11 @@ start() { # start run $1 in the background, unless there is nothing to do
   read -ra words <<<"${commands[$1]}"
   if [[ -f $folder/checkpoint.pt ]]; then
     words+=(--resume) resumed=", resumed"
+  elif [[ -s $folder/progress.csv || -f $folder/finished ]]; then
+    failed+=("$name: $folder has results but no checkpoint.pt to go on from, move the folder away")
+    echo "FAILED: ${failed[-1]}"
+    exec 9>&-
+    return
   elif [[ -d $folder ]]; then # stopped before its first checkpoint: nothing to resume
     rm -f "$folder"/{config.json,progress.csv,checkpoint.partial,events.out.tfevents.*}
     rmdir "$folder"

@@ -263,12 +263,12 @@ def load_checkpoint(args: Args, path: Path) -> dict:
     """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {"algorithm": saved["algorithm"], **saved["args"]}
+        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
     except Exception as error:
         fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
     free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
     for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if name not in free and theirs.get(name) != value:
+        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
             fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
     return saved
 
@@ -305,7 +305,7 @@ class Logger:
 def main(args: Args) -> None:
     """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
     check_args(args)
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
+    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     saved = load_checkpoint(args, checkpoint) if args.resume else {}

@@ -41,7 +41,7 @@ class Args:
     eval_interval: int = 25  # iterations between evaluations of num_envs episodes each
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three convolutional stages, actor and critic
     hidden: int = 256  # units of the layer after them
-    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or from all of H (any module)
+    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or all of H (most modules)
     kernel_memory: int = 512  # MiB that the tape may take for a block, without the kernel
     update_epochs: int = 4  # actor passes over the rollout
     num_minibatches: int = 16  # actor blocks in a pass, each of num_envs * num_steps / num_minibatches samples
@@ -215,8 +215,8 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, kernel_memory: i
             plain = (1, (1, 1), "zeros", tuple)
             conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode, type(m.padding)) == plain
             once = [(len(z), z.dim(), z._version) for *_, z in calls[m]] == [(len(obs[part]), 4 if conv else 2, 0)]
-            if not (conv or type(m) is nn.Linear) or not once or len(set(owned)) < len(owned):
-                raise TypeError(f"the tape takes Linear and plain Conv2d called once, not {name} {m}: --jacobian vmap")
+            if not (conv or type(m) is nn.Linear) or not once or sum(p.requires_grad for p in set(owned)) < len(owned):
+                raise TypeError(f"the tape takes trained Linear, plain Conv2d once, not {name} {m}: --jacobian vmap")
         for m, g in zip(layers, torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers]), strict=True):
             found = [(x := calls[m][0][0].detach(), g, params := list(m.parameters()))]
             if type(m) is nn.Conv2d:  # patches x [B, T, kh * kw * c_in], P [B, c_out * c_in * kh * kw]
@@ -240,11 +240,11 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, kernel_memory: i
 
 
 def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-    """The same from materialised per-sample gradients, for any module: each parameter is a layer with input 1."""
+    """The same from materialised per-sample gradients, for most modules: each parameter is a layer with input 1."""
     score = grad(lambda named, obs, action: functional_call(actor, named, obs[None]).log_prob(action[None])[0])
-    named = {name: p.detach() for name, p in actor.named_parameters()}
-    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)(named, obs, actions)
-    return [(rows[name].new_ones(len(obs), 1), rows[name].flatten(1), [p]) for name, p in actor.named_parameters()]
+    params = {n: p for n, p in actor.named_parameters() if p.requires_grad}
+    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)({n: p.detach() for n, p in params.items()}, obs, actions)
+    return [(rows[n].new_ones(len(obs), 1), rows[n].flatten(1), [p]) for n, p in params.items()]
 
 
 def rat_direction(
@@ -273,7 +273,7 @@ def rat_direction(
         u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
         if not (info == 0) & u.isfinite().all():
             raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
-        direction = {}
+        direction = {p: torch.zeros_like(p) for p in actor.parameters()}  # 0 where frozen
         for x, g, (weight, *bias) in scores:  # H^T u, (7)
             direction[weight] = ((u[:, None] * g).T @ x).view_as(weight)
             direction |= dict.fromkeys(bias, u @ g)
@@ -335,12 +335,12 @@ def load_checkpoint(args: Args, path: Path) -> dict:
     """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {"algorithm": saved["algorithm"], **saved["args"]}
+        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
     except Exception as error:
         fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
     free = ("total_timesteps", "checkpoint_interval", "device", "output_dir", "resume", "kernel_memory")
     for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if name not in free and theirs.get(name) != value:
+        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
             fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
     return saved
 
@@ -377,7 +377,7 @@ class Logger:
 def main(args: Args) -> None:
     """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
     check_args(args)
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
+    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     saved = load_checkpoint(args, checkpoint) if args.resume else {}

@@ -37,7 +37,7 @@ class Args:
     num_steps: int = 64  # steps of each environment in one rollout
     vectorization: Literal["sync", "async", "envpool"] = "sync"  # one process, one an environment, EnvPool's threads
     kaczmarz: Literal["paper", "release", "off"] = "release"  # what a block remembers of those before: joint_step
-    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or from all of H (any module)
+    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or all of H (most modules)
     update_epochs: int = 4  # passes over the rollout
     num_minibatches: int = 4  # blocks in a pass, each of num_envs * num_steps / num_minibatches samples
     damping: float = 0.1  # lambda of equation (1), > 0
@@ -219,18 +219,18 @@ def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Te
         hook.remove()
     for m, name in layers.items():  # _version: an in-place activation has overwritten the output
         once = type(m) is nn.Linear and [(z.shape[:-1], z._version) for *_, z in calls[m]] == [(obs.shape[:1], 0)]
-        if not once or len(set(owned)) < len(owned):
-            raise TypeError(f"the tape takes Linear layers called once on [B, d], not {name} {m}: use --jacobian vmap")
+        if not once or sum(p.requires_grad for p in set(owned)) < len(owned):
+            raise TypeError(f"the tape takes trained Linear called once on [B, d], not {name} {m}: use --jacobian vmap")
     grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])
     return [(calls[m][0][0].detach(), g, list(m.parameters())) for m, g in zip(layers, grads, strict=True)]
 
 
 def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-    """The same from materialised per-sample gradients, for any module: each parameter is a layer with input 1."""
+    """The same from materialised per-sample gradients, for most modules: each parameter is a layer with input 1."""
     score = grad(lambda named, obs, action: functional_call(actor, named, obs[None]).log_prob(action[None])[0])
-    named = {name: p.detach() for name, p in actor.named_parameters()}
-    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)(named, obs, actions)
-    return [(rows[name].new_ones(len(obs), 1), rows[name].flatten(1), [p]) for name, p in actor.named_parameters()]
+    params = {n: p for n, p in actor.named_parameters() if p.requires_grad}
+    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)({n: p.detach() for n, p in params.items()}, obs, actions)
+    return [(rows[n].new_ones(len(obs), 1), rows[n].flatten(1), [p]) for n, p in params.items()]
 
 
 def rat_targets(
@@ -335,12 +335,12 @@ def load_checkpoint(args: Args, path: Path) -> dict:
     """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {"algorithm": saved["algorithm"], **saved["args"]}
+        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
     except Exception as error:
         fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
     free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
     for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if name not in free and theirs.get(name) != value:
+        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
             fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
     return saved
 
@@ -377,7 +377,7 @@ class Logger:
 def main(args: Args) -> None:
     """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
     check_args(replace(args, ent_coef=args.ent_coef or 1.0))  # which may be 0, the other coefficients may not
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.0f}".replace("/", "_")
+    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
     checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     saved = load_checkpoint(args, checkpoint) if args.resume else {}

@@ -239,6 +239,20 @@ def test_resumes_after_a_kill(tmp_path):
     assert [int(row["global_step"]) for row in read_csv(folder)] == list(range(64, total + 1, 64))
 
 
+@pytest.mark.parametrize("left", ["progress.csv", "finished"])
+def test_results_without_a_checkpoint_are_kept(left, tmp_path):
+    result = benchmark(METHODS="rat", RUNS=tmp_path, EXTRA="--num-envs 4 --num-steps 16 --total-timesteps 64")
+    folder = tmp_path / "InvertedPendulum-v5__rat__1"
+    assert result.returncode == 0 and (folder / left).stat().st_size
+    for path in folder.iterdir():
+        if path.name in ({"progress.csv", "finished"} - {left}) | {"checkpoint.pt"}:
+            path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    result = benchmark(METHODS="rat", RUNS=tmp_path)  # another command line
+    assert result.returncode == 1 and "no checkpoint.pt" in result.stderr and result.stderr.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
 # plot.py
 def show(capsys, *arguments):
     plot.main(tyro.cli(plot.Args, args=[*map(str, arguments)]))

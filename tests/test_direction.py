@@ -198,19 +198,31 @@ class OneRow(Normed):
         return Categorical(logits=self.net(obs) + self.offset(obs.new_ones(1, 1)), validate_args=False)
 
 
+class Frozen(Normed):
+    """A policy with a bias that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.net[0].bias.requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("policy", "named"),
-    [(Normed, "LayerNorm"), (Overwritten, "net.0"), (Tied, "net.0"), (Twice, "net.0"), (OneRow, "offset")],
-)
+    [(Normed, "LayerNorm"), (Overwritten, "net.0"), (Tied, "net.0"), (Twice, "net.0"), (OneRow, "offset"),
+     (Frozen, "trained Linear")],
+)  # fmt: skip
 def test_the_tape_refuses_what_it_does_not_know_and_vmap_takes_it(policy, named):
     torch.manual_seed(0)
     actor, obs, actions = policy(), torch.randn(40, 4), torch.randint(3, (40,))
     y, weights = torch.randn(40), torch.ones(40)
     with pytest.raises(TypeError, match=f"{named}.*--jacobian vmap"):
         rat.rat_direction(actor, obs, actions, y, weights, 0.1)
-    scores = score_matrix(actor, obs, actions)
+    trained = flat([torch.full_like(p, p.requires_grad) for p in actor.parameters()])
+    scores = score_matrix(actor, obs, actions) * trained
     expected = primal(scores, y, weights, 0.1, torch.zeros(scores.shape[1]).double())
-    assert relative(flat(rat.rat_direction(actor, obs, actions, y, weights, 0.1, jacobian="vmap")), expected) < 1e-4
+    direction = flat(rat.rat_direction(actor, obs, actions, y, weights, 0.1, jacobian="vmap"))
+    assert relative(direction, expected) < 1e-4 and not direction[trained == 0].any()
 
 
 @pytest.mark.parametrize("broken", ["obs", "advantages"])

@@ -338,6 +338,7 @@ def test_bad_folders_and_checkpoints(script, tmp_path, capsys):
     check("file", "--output-dir", file / "below")
     check("env_id", "--resume", "--env-id", "Pendulum-v1")
     check("gamma", "--resume", "--gamma", "0.9")
+    check("total_timesteps 128, not 64", "--resume", "--total-timesteps", 64)
     for broken in (content[: len(content) // 2], b"", b"not a checkpoint"):
         path.write_bytes(broken)
         check("damaged", "--resume")
