@@ -169,10 +169,10 @@ def test_discrete_actions_start_where_the_space_does():
     assert torch.equal(agent.act(obs, deterministic=True)[0], most_likely)
 
 
-def test_learns_cart_pole(tmp_path, capsys):
-    """The policy after 30k steps balances for 400 steps and more: sampled actions, 10 episodes."""
+def test_learns_cart_pole(tmp_path):
+    """As test_runs.py's learning test, after 30k steps; without learning 28."""
     arguments = ["--env-id", "CartPole-v1", "--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 32]
-    assert learn(capsys, tmp_path, "rat_shared", *arguments) >= 400
+    assert learn(tmp_path, "rat_shared", *arguments) >= 150
 
 
 def test_negative_entropy_bonus_is_refused(tmp_path, capsys):
