@@ -30,8 +30,8 @@ STYLES = [  # of METHODS and two more; colour, dashes and marker each suffice to
     ("#cc79a7", "-", "P"), ("#8c510a", "-.", "X"), ("#e69f00", "-", "*"), ("#6a3d9a", ":", "<"), ("#7f7f7f", "-.", ">"),
     ("#b30000", "--", "p"), ("#808000", ":", "h"),
 ]  # fmt: skip
-KEPT = ["global_step", "episodic_return", "kl", "entropy", "explained_variance", "value_loss"]
-KEPT += ["direction_norm", "cg_residual", "eval_return", "learning_rate", "wall_seconds"]
+KEPT = ["global_step", "episodic_return", "kl", "entropy", "explained_variance", "value_loss", "advantage_rms"]
+KEPT += ["kernel_trace", "direction_norm", "cg_residual", "eval_return", "learning_rate", "wall_seconds"]
 
 
 @dataclass
