@@ -303,7 +303,7 @@ def test_plot_compares_partial_runs_where_the_shortest_stands(capsys):
 
 
 def test_plot_reads_run_folders_and_thins_them(tmp_path, capsys):
-    header, row = "global_step,episodic_return,kl,sps", "{step},{value},0.123456789,1\n"
+    header, row = "global_step,episodic_return,kl,advantage_rms,kernel_trace,sps", "{step},{value},0.123456789,2,3,1\n"
     for seed, last in ((1, 5000), (2, 4000)):
         folder = tmp_path / f"Task-v0__a__{seed}"
         folder.mkdir()
@@ -315,7 +315,11 @@ def test_plot_reads_run_folders_and_thins_them(tmp_path, capsys):
     assert "left out: Task-v0__a__2 (0.00M steps)" in show(capsys, "--thin", thin, *folders)
     (path,) = thin.iterdir()
     rows = path.read_text().splitlines()
-    assert (len(rows), rows[0], rows[-1]) == (201, "global_step,episodic_return,kl", "5000,1250,0.123457")
+    assert (len(rows), rows[0], rows[-1]) == (
+        201,
+        "global_step,episodic_return,kl,advantage_rms,kernel_trace",
+        "5000,1250,0.123457,2,3",
+    )
     assert "| a | 1250 (1) |" in show(capsys, path)
     assert "| a | 1000 ± 0 (2) at 0.00M |" in show(capsys, "--partial", *folders)
 
