@@ -1,11 +1,13 @@
-"""Learning curves, a table of final returns, KL and entropy, interquartile means and performance profiles of runs.
+"""Learning curves, final returns, KL and entropy, interquartile means and profiles of runs.
 
-Run: python benchmark/plot.py --out curves.png --wall-clock time.png --profile profile.png runs/*__*__*
-A run is a folder, or a CSV file that --thin made of it, named ENVIRONMENT__METHOD__SEED. Intervals are 95 % percentile
-bootstrap intervals over seeds, stratified by environment where there are several, as rliable's (Agarwal et al. 2021).
+Run: python benchmark/plot.py --out curves.png --wall-clock time.png --profile profile.png runs
+A run is a folder, or a CSV file that --thin made of it, named ENVIRONMENT__METHOD__SEED; a folder
+of runs stands for all of them. Intervals are 95 % percentile bootstrap intervals over seeds,
+stratified by environment where there are several, as rliable's (Agarwal et al. 2021).
 """
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -13,7 +15,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,29 +23,76 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from scipy.stats import bootstrap, trim_mean
 
+
+class Look(NamedTuple):
+    """How the pictures show a method: colour, dashes and marker each suffice to know it by."""
+
+    label: str
+    color: str
+    linestyle: str
+    marker: str
+
+
 REFERENCE = Path(__file__).parent / "reference"
-METHODS = ["rat", "rat_shared", "npg", "trpo", "rank1", "acktr", "acktr_shared", "ppo", "sophia", "diag"]
-STYLES = [  # of METHODS and two more; colour, dashes and marker each suffice to tell them apart
-    ("#000000", "-", "o"), ("#d55e00", "--", "s"), ("#0072b2", "-", "^"), ("#56b4e9", "--", "v"), ("#009e73", ":", "D"),
-    ("#cc79a7", "-", "P"), ("#8c510a", "-.", "X"), ("#e69f00", "-", "*"), ("#6a3d9a", ":", "<"), ("#7f7f7f", "-.", ">"),
-    ("#b30000", "--", "p"), ("#808000", ":", "h"),
-]  # fmt: skip
-KEPT = ["global_step", "episodic_return", "kl", "entropy", "explained_variance", "value_loss", "advantage_rms"]
-KEPT += ["kernel_trace", "direction_norm", "cg_residual", "eval_return", "learning_rate", "wall_seconds"]
+LOOKS = {  # one colour a method in every picture; tables and legends are in this order
+    "rat": Look("RAT", "#000000", "-", "o"),
+    "rat_shared": Look("RAT shared", "#d55e00", "--", "s"),
+    "npg": Look("NPG", "#0072b2", "-", "^"),
+    "trpo": Look("TRPO", "#56b4e9", "--", "v"),
+    "rank1": Look("rank-1", "#009e73", ":", "D"),
+    "acktr": Look("ACKTR", "#cc79a7", "-", "P"),
+    "acktr_shared": Look("ACKTR shared", "#8c510a", "-.", "X"),
+    "ppo": Look("PPO", "#e69f00", "-", "*"),
+    "sophia": Look("Sophia", "#6a3d9a", ":", "<"),
+    "diag": Look("diag", "#7f7f7f", "-.", ">"),
+    "off": Look("off", "#b30000", "--", "p"),  # settings of --kaczmarz
+    "paper": Look("paper", "#000000", "-", "o"),  # RAT's default
+    "release": Look("release", "#808000", ":", "h"),
+    "release_separate": Look("RAT, authors' code", "#808000", ":", "h"),
+    "release_shared": Look("RAT shared, authors' code", "#808000", "-.", "H"),
+}
+SPARE_COLORS = ["#17becf", "#e377c2", "#393b79", "#637939"]  # of methods that LOOKS does not name
+SPARE_DASHES = ["-", "--", ":", "-."]
+SPARE_MARKERS = ["d", "8", "1", "2"]
+NEW_NAMES = {"kernel_trace": "score_norm_sq"}  # columns that older files call otherwise
+NEEDED = ["global_step", "episodic_return"]
+KEPT = [  # columns of a thinned run
+    *NEEDED,
+    "kl",
+    "entropy",
+    "explained_variance",
+    "value_loss",
+    "advantage_rms",
+    "score_norm_sq",
+    "direction_norm",
+    "cg_residual",
+    "eval_return",
+    "learning_rate",
+    "wall_seconds",
+]
+AXES = {  # of pictures over a column: its unit and what the axis is called
+    "global_step": (1e6, "million environment steps"),
+    "wall_seconds": (60, "minutes"),
+}
+PICTURES = ["out", "wall_clock", "profile", "speed"]  # the options that name one
 
 
 @dataclass
 class Args:
-    paths: tyro.conf.Positional[list[Path]]  # run folders or CSV files, named ENVIRONMENT__METHOD__SEED
+    paths: tyro.conf.Positional[list[Path]]  # runs, or folders of them (--speed: its CSV file)
     out: Path | None = None  # picture to write: returns against environment steps
     wall_clock: Path | None = None  # picture to write: returns against minutes
-    profile: Path | None = None  # picture to write: interquartile means and performance profiles
-    thin: Path | None = None  # folder to write each run to as a CSV file of at most 200 rows and few columns, no more
-    partial: bool = False  # take runs that have not ended too; seeds are compared where the shortest one stands
+    profile: Path | None = None  # picture to write: interquartile means, performance profiles
+    speed: Path | None = None  # picture to write, of update_speed.csv: milliseconds of an update
+    thin: Path | None = None  # folder for a CSV file of each run, at most 200 rows; no more is done
+    partial: bool = False  # take unfinished runs too, seeds compared where the shortest one stands
     every_seed: bool = False  # list the seeds' final returns in the table
-    reference: tuple[Path, ...] = (REFERENCE / "paper.csv", REFERENCE / "procgen.csv")  # published returns beside ours
+    titles: tuple[str, ...] = ()  # of the panels, in their order; default: the environments
+    lines: tuple[str, ...] = ()  # draw the published rows with one of these words as lines
+    reference: tuple[Path, ...] = (REFERENCE / "paper.csv", REFERENCE / "procgen.csv")  # published
 
 
 @dataclass
@@ -53,12 +102,22 @@ class Run:
     method: str
     seed: str
     columns: dict[str, np.ndarray]  # of progress.csv
-    total: int  # the last step of the whole run, where known
+    total: int  # the last step of the whole run, 0 where unknown
     step: int  # the last step so far
 
     @property
     def ended(self) -> bool:
+        """Whether the run did all its steps."""
         return self.step >= self.total
+
+    @property
+    def drawable(self) -> bool:
+        """Whether there is a return at all."""
+        return bool(np.isfinite(self.columns["episodic_return"]).any())
+
+
+Groups = dict[str, dict[str, list[Run]]]  # environment -> method -> its runs, one a seed
+Published = dict[str, dict[str, tuple[float, float]]]  # source -> task -> mean, error or nan
 
 
 def fail(sentence: str) -> NoReturn:
@@ -67,47 +126,532 @@ def fail(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# Reading runs
-def read(path: Path) -> Run:
+# ---- Reading ---------------------------------------------------------------------------------
+
+
+def find_runs(paths: list[Path]) -> list[Path]:
+    """The run folders and CSV files that the paths name, themselves or as the folder of them."""
+    found = []
+    empty = []
+    for path in paths:
+        if not path.exists():
+            fail(f"{path} does not exist: name run folders, CSV files or a folder of them.")
+        if path.is_file() or (path / "progress.csv").exists():
+            found.append(path)
+            continue
+        inside = [child for child in path.iterdir() if is_run(child)]
+        if not inside:
+            empty.append(str(path))
+        found += inside
+    if empty:
+        print(f"No run in {', '.join(empty)}.\n")
+    return sorted(found)
+
+
+def is_run(path: Path) -> bool:
+    """Whether something found in a folder is named like a run and has its numbers."""
+    has_numbers = path.suffix == ".csv" or (path / "progress.csv").exists()
+    return has_numbers and path.name.count("__") >= 2
+
+
+def read_run(path: Path) -> Run:
     """A run folder, or a CSV file made of one."""
-    name = path.name.removesuffix(".csv")
-    parts = name.split("__")
+    parts = path.name.removesuffix(".csv").split("__")
     if len(parts) < 3:
         fail(f"{path} is not named ENVIRONMENT__METHOD__SEED.")
     file = path / "progress.csv" if path.is_dir() else path
+    total = 0
     try:
-        lines = file.read_text().splitlines(keepends=True)
-        config = json.loads((path / "config.json").read_text()) if path.is_dir() else {}
-        rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a crash may have torn the last
-        columns = {key: np.array([float(row[key]) for row in rows]) for key in (rows[0] if rows else KEPT[:2])}
-        steps, _ = columns["global_step"], columns["episodic_return"]
-        rollout = config["num_envs"] * config["num_steps"] if config else 0
-        total = config["total_timesteps"] // rollout * rollout if config else 0
+        if path.is_dir():
+            config = json.loads((path / "config.json").read_text())
+            rollout = config["num_envs"] * config["num_steps"]
+            total = int(config["total_timesteps"]) // rollout * rollout
+        columns = read_columns(file)
+        step = int(max(columns["global_step"], default=0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{file} cannot be read ({error!r}), it must be the progress.csv of a run.")
-    return Run(name, *parts[:3], columns, total, int(steps[-1]) if rows else 0)
+    return Run("__".join(parts), *parts[:3], columns, total, step)
+
+
+def read_columns(file: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file. A row counts unless a later one is of its step or before it:
+    a run that was resumed has done these steps again."""
+    lines = [line for line in file.read_text().splitlines(True) if line.endswith("\n")]
+    rows = list(csv.DictReader(lines))  # a crash may have torn the last line
+    columns = {}
+    for name in rows[0] if rows else NEEDED:
+        columns[NEW_NAMES.get(name, name)] = np.array([float(row[name]) for row in rows])
+    if not set(NEEDED) <= columns.keys():
+        raise ValueError(f"no column {' or '.join(NEEDED)}")
+    step = columns["global_step"]
+    lowest = np.minimum.accumulate(step[::-1])[::-1]  # of a row and all after it
+    last = step < np.append(lowest, np.inf)[1:]
+    return {name: column[last] for name, column in columns.items()}
+
+
+def read_rows(file: Path, names: set[str], what: str) -> list[dict[str, str]]:
+    """Rows of a CSV file with comments, which must have the named columns."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    except (OSError, ValueError) as error:
+        fail(f"{what} {file} cannot be read ({error!r}).")
+    rows = list(csv.DictReader(lines))
+    if not rows or not all(names <= row.keys() for row in rows):
+        fail(f"{what} {file} cannot be read, its columns must be {', '.join(sorted(names))}.")
+    return rows
+
+
+def read_published(files: tuple[Path, ...]) -> Published:
+    """Published results; tasks have no version there."""
+    found = defaultdict(dict)
+    for file in files:
+        for row in read_rows(file, {"env", "source", "mean", "error"}, "--reference"):
+            found[row["source"]][row["env"]] = float(row["mean"]), float(row["error"] or math.nan)
+    return found
+
+
+# ---- Which runs count ------------------------------------------------------------------------
 
 
 def choose(runs: list[Run], partial: bool) -> list[Run]:
-    """The runs to count; prints the names of those that have not ended. Refuses two runs of the same seed."""
-    longest = defaultdict(int)
+    """The runs to count; prints which do not."""
+    refuse_twins(runs)
+    estimate_totals(runs)
+    silent = [run for run in runs if not run.drawable]
+    unfinished = [run for run in runs if run.drawable and not run.ended]
+    if unfinished:
+        what = "counted all the same" if partial else "left out (--partial counts them)"
+        print(f"Not ended, {what}: {listed(unfinished)}.\n")
+    if silent:
+        print(f"No episode has ended, left out: {listed(silent)}.\n")
+    kept = [run for run in runs if run.drawable and (run.ended or partial)]
+    if not kept and unfinished:
+        fail("no run has ended, --partial shows them as they stand.")
+    if not kept:
+        fail("there is no run to show: name run folders, CSV files or a folder of them.")
+    return kept
+
+
+def refuse_twins(runs: list[Run]) -> None:
+    """Two runs of one seed would count it twice."""
     seen = {}
     for run in runs:
-        if other := seen.get(key := (run.env_id, run.method, run.seed)):
-            fail(f"{other} and {run.name} are the same seed of the same method, name one of them.")
+        key = run.env_id, run.method, run.seed
+        if key in seen:
+            fail(f"{seen[key]} and {run.name} are the same seed of the same method, name one.")
         seen[key] = run.name
-        longest[run.env_id, run.method] = max(longest[run.env_id, run.method], run.step)
-    for run in runs:  # a CSV file does not say where the run should have ended; its other seeds do, up to thinning
+
+
+def estimate_totals(runs: list[Run]) -> None:
+    """A CSV file does not say where its run should have ended: its other seeds do, nearly."""
+    longest = defaultdict(int)
+    for run in runs:
+        key = run.env_id, run.method
+        longest[key] = max(longest[key], run.step)
+    for run in runs:
         run.total = run.total or round(0.98 * longest[run.env_id, run.method])
-    drawable = [run for run in runs if np.isfinite(run.columns["episodic_return"]).any()]
-    kept = [run for run in drawable if run.ended or partial]
-    for title, names in (
-        ("Not ended" + (", counted all the same" if partial else ", left out"), [r for r in drawable if not r.ended]),
-        ("No episode has ended, left out", [r for r in runs if r not in drawable]),
-    ):
-        if names:
-            print(f"{title}: " + ", ".join(f"{r.name} ({r.step / 1e6:.2f}M steps)" for r in names) + ".\n")
-    return kept
+
+
+def listed(runs: list[Run]) -> str:
+    """Names and steps of runs."""
+    return ", ".join(f"{run.name} ({run.step / 1e6:.2f}M steps)" for run in runs)
+
+
+def group_runs(runs: list[Run], published: Published) -> Groups:
+    """Environments as the published tables have them, methods as LOOKS has, then by name."""
+    tasks = list(dict.fromkeys(name for source in published.values() for name in source))
+    found = {run.method for run in runs}
+    methods = [method for method in LOOKS if method in found] + sorted(found - LOOKS.keys())
+    groups = {}
+    for env_id in sorted({run.env_id for run in runs}, key=lambda env_id: env_order(env_id, tasks)):
+        here = [run for run in runs if run.env_id == env_id]
+        groups[env_id] = {m: [run for run in here if run.method == m] for m in methods}
+    return groups
+
+
+def env_order(env_id: str, tasks: list[str]) -> tuple[int, str]:
+    """Sorts known tasks first, in their order."""
+    known = task(env_id) in tasks
+    return tasks.index(task(env_id)) if known else len(tasks), env_id
+
+
+def task(env_id: str) -> str:
+    """Name of an environment without its version, as the published tables have it."""
+    return re.sub(r"-v\d+$", "", env_id)
+
+
+# ---- Statistics ------------------------------------------------------------------------------
+
+
+def align(runs: list[Run], by: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """200 values of the column `by` at which all runs have a return, and these [runs, 200].
+
+    None where one run ends before another has its first return: nothing is made up there."""
+    curves = []
+    for run in runs:
+        seen = np.isfinite(run.columns["episodic_return"])  # nan before the first episode ends
+        curves.append((run.columns[by][seen], run.columns["episodic_return"][seen]))
+    first = max(x[0] for x, _ in curves)
+    last = min(x[-1] for x, _ in curves)
+    if first > last:
+        return None
+    grid = np.linspace(first, last, 200)
+    return grid, np.array([np.interp(grid, x, y) for x, y in curves])
+
+
+def interval(samples: list[np.ndarray], statistic) -> tuple[np.ndarray, np.ndarray] | None:
+    """95 % bootstrap interval of statistic(*samples, axis) over axis 0, by sample."""
+    if min(map(len, samples)) < 2:
+        return None
+    options = {"n_resamples": 2000, "method": "percentile", "rng": 0}
+    return bootstrap(samples, statistic, axis=0, **options).confidence_interval
+
+
+def interquartile_mean(*tasks: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of the middle half of the runs of all tasks together."""
+    return trim_mean(np.concatenate(tasks, axis), 0.25, axis)
+
+
+def mean(*tasks: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over the runs of all tasks together."""
+    return np.concatenate(tasks, axis).mean(axis)
+
+
+class Final(NamedTuple):
+    """The last returns that all seeds of a method have, and the step they are of."""
+
+    step: float
+    returns: np.ndarray  # [seeds]
+
+
+def final_returns(groups: Groups) -> dict[tuple[str, str], Final]:
+    """Of each environment and method; prints where there is no common step."""
+    finals = {}
+    apart = []
+    for env_id, group in groups.items():
+        for method, runs in group.items():
+            if not runs:
+                continue
+            aligned = align(runs, "global_step")
+            if aligned is None:
+                apart.append(f"{env_id} {method}")
+                continue
+            grid, returns = aligned
+            finals[env_id, method] = Final(grid[-1], returns[:, -1])
+    if apart:
+        print(f"Not compared, a seed ends before another's first return: {', '.join(apart)}.\n")
+    return finals
+
+
+class Scores(NamedTuple):
+    """Final returns in units of the first published row, of the seeds that every method has."""
+
+    seeds: dict[str, list[str]]  # environment -> the seeds
+    returns: dict[str, list[np.ndarray]]  # method -> [seeds] of each environment
+    middles: dict[str, tuple]  # method -> interquartile mean, its interval or None
+    unit: str  # the published rows that are 1
+
+
+def score(groups: Groups, finals: dict, published: Published) -> Scores:
+    """More seeds of one task would shift a method's weight there, so only common ones count."""
+    seeds = {}
+    returns = defaultdict(list)
+    units = []
+    for env_id, group in groups.items():
+        sources = [source for source in published if task(env_id) in published[source]]
+        common = set.intersection(*({run.seed for run in runs} for runs in group.values()))
+        if not sources or not common or not all((env_id, method) in finals for method in group):
+            continue
+        seeds[env_id] = sorted(common)
+        units.append(sources[0])
+        unit, _ = published[sources[0]][task(env_id)]
+        for method, runs in group.items():
+            counted = [run.seed in common for run in runs]
+            returns[method].append(finals[env_id, method].returns[counted] / unit)
+    middles = {
+        method: (interquartile_mean(*tasks, axis=0), interval(tasks, interquartile_mean))
+        for method, tasks in returns.items()
+    }
+    return Scores(seeds, returns, middles, " or ".join(dict.fromkeys(units)))
+
+
+# ---- Tables ----------------------------------------------------------------------------------
+
+
+def number(x: float) -> str:
+    """Three digits or more, one decimal below 100."""
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
+
+
+def with_error(x: float, error: float) -> str:
+    """Both with the decimals of the first."""
+    if math.isnan(error):
+        return number(x)
+    return f"{x:.0f} ± {error:.0f}" if abs(x) >= 100 else f"{x:.1f} ± {error:.1f}"
+
+
+def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
+    """A Markdown table with one line a row."""
+    lines = [[title, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *row] for name, row in rows.items()]
+    for cells in lines:
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def print_returns(groups: Groups, finals: dict, published: Published, every_seed: bool) -> None:
+    """Final returns of each method, then the published ones."""
+    rows = defaultdict(list)
+    for env_id, group in groups.items():
+        longest = max(run.step for runs in group.values() for run in runs)
+        for method in group:
+            final = finals.get((env_id, method))
+            rows[method].append(return_cell(final, longest, every_seed) if final else "-")
+    for source, returns in published.items():
+        if any(task(env_id) in returns for env_id in groups):
+            known = [returns.get(task(env_id)) for env_id in groups]
+            rows[source] = [with_error(*cell) if cell else "-" for cell in known]
+    seeds = "seeds" if every_seed else "number of seeds"
+    print_table(f"final return, mean ± standard error ({seeds})", list(groups), rows)
+    print("No error and no band where there is one seed.", end=" ")
+    print("`at`: steps where the shortest run ends, if others go on.\n")
+
+
+def return_cell(final: Final, longest: int, every_seed: bool) -> str:
+    """Mean, error and seeds, and the step where it is not the last one."""
+    count = len(final.returns)
+    error = final.returns.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
+    seeds = ", ".join(map(number, final.returns)) if every_seed else count
+    at = f" at {final.step / 1e6:.2f}M" if final.step < 0.98 * longest else ""
+    return f"{with_error(final.returns.mean(), error)} ({seeds}){at}"
+
+
+def print_states(groups: Groups) -> None:
+    """Where runs tell it: how far a rollout moves the policy, and the noise that is left."""
+    rows = defaultdict(list)
+    for group in groups.values():
+        for method, runs in group.items():
+            told = [run.columns for run in runs if {"kl", "entropy"} <= run.columns.keys()]
+            cells = [f"{np.nanmedian(c['kl']):.4f}, {c['entropy'][-1]:.1f}" for c in told]
+            rows[method].append("; ".join(cells) or "-")
+    print_table("median KL, entropy at the end [nats]; by seed", list(groups), rows)
+
+
+def print_middles(groups: Groups, scores: Scores) -> None:
+    """Interquartile means, and what they are of."""
+    rows = {}
+    for method, (middle, bounds) in scores.middles.items():
+        text = f"{middle:.3f}"
+        if bounds is not None:
+            text += f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+        rows[method] = [text, str(sum(map(len, scores.returns[method])))]
+    if rows:
+        columns = ["[95 % interval] of final return / reference", "runs"]
+        print_table("interquartile mean", columns, rows)
+        counted = [f"{env} (seeds {', '.join(seeds)})" for env, seeds in scores.seeds.items()]
+        print(f"Reference: {scores.unit}.", end=" ")
+        print(f"Counted, the seeds that every method has: {', '.join(counted)}.")
+    missing = [env_id for env_id in groups if env_id not in scores.seeds]
+    if missing:
+        print("No interquartile mean, for want of a seed of every method", end=" ")
+        print(f"or a reference: {', '.join(missing)}.")
+
+
+# ---- Pictures --------------------------------------------------------------------------------
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write a picture; with a palette a PNG takes a third of the bytes."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    if path.suffix == ".png":
+        picture = Image.open(path).convert("RGB")
+        picture.quantize(dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def choose_looks(methods: list[str]) -> dict[str, Look]:
+    """A known method's own look, others one that no known method has."""
+    spare = list(itertools.product(SPARE_DASHES, SPARE_COLORS))
+    others = [method for method in methods if method not in LOOKS]
+    if len(others) > len(spare):
+        fail(f"{len(others)} methods without a look of their own, there are {len(spare)} for such.")
+    chosen = {method: LOOKS[method] for method in methods if method in LOOKS}
+    for i, method in enumerate(others):
+        dashes, color = spare[i]
+        chosen[method] = Look(method, color, dashes, SPARE_MARKERS[i % len(SPARE_MARKERS)])
+    return chosen
+
+
+def line_style(look: Look) -> dict:
+    """What matplotlib's plot takes of a look."""
+    return {
+        "color": look.color,
+        "linestyle": look.linestyle,
+        "marker": look.marker,
+        "markersize": 4,
+        "linewidth": 1.2,
+    }
+
+
+def draw(
+    axis: Axes, x: np.ndarray, y: np.ndarray, band: tuple | None, place: int, look: Look
+) -> None:
+    """A line with its band; `place` keeps its markers apart from those of other methods."""
+    axis.plot(x, y, **line_style(look), markevery=(place * 4 % 40, 40))
+    if band is not None:
+        axis.fill_between(x, *band, color=look.color, alpha=0.15, linewidth=0)
+    axis.grid(alpha=0.3)
+
+
+class PublishedLine(NamedTuple):
+    """A published row as a horizontal line in each panel."""
+
+    source: str
+    returns: dict[str, tuple[float, float]]  # task -> mean, error
+    style: dict
+
+
+def published_lines(
+    words: tuple[str, ...], groups: Groups, published: Published
+) -> list[PublishedLine]:
+    """Published rows of these tasks with one of the words, in the colour of their method."""
+    tasks = {task(env_id) for env_id in groups}
+    here = {source: returns for source, returns in published.items() if tasks & returns.keys()}
+    lines = []
+    for source, returns in here.items():
+        if any(word in source for word in words):
+            colors = [look.color for look in LOOKS.values() if look.label in source]
+            color = colors[0] if colors else "#7f7f7f"
+            style = {"color": color, "linestyle": (0, (1, 1)), "linewidth": 1.5}
+            lines.append(PublishedLine(source, returns, style))
+    if words and not lines:
+        known = ", ".join(here) or "none"
+        fail(f"--lines {' '.join(words)} is in no published row of these tasks: {known}.")
+    return lines
+
+
+def legend_columns(width: float) -> int:
+    """Two inches a name."""
+    return int(width / 2)
+
+
+def legend(figure: plt.Figure, styles: dict[str, dict]) -> None:
+    """A name for each line style, below the panels."""
+    lines = [plt.Line2D([], [], **style, label=label) for label, style in styles.items()]
+    columns = min(len(lines), legend_columns(figure.get_figwidth()))
+    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 4}
+    figure.legend(handles=lines, **place, frameon=False)
+
+
+def legend_styles(looks: dict[str, Look]) -> dict[str, dict]:
+    """Names and line styles of methods."""
+    return {look.label: line_style(look) for look in looks.values()}
+
+
+def draw_panel(
+    axis: Axes, by: str, env_id: str, group: dict, looks: dict[str, Look], lines: list
+) -> None:
+    """A method's mean and band over seeds, up to where its shortest run ends."""
+    unit, _ = AXES[by]
+    for place, (method, look) in enumerate(looks.items()):
+        runs = [run for run in group[method] if by in run.columns]
+        aligned = align(runs, by) if runs else None
+        if aligned is not None:
+            x, returns = aligned
+            draw(axis, x / unit, returns.mean(0), interval([returns], mean), place, look)
+    for line in lines:
+        if task(env_id) in line.returns:
+            axis.axhline(line.returns[task(env_id)][0], **line.style)
+    axis.set_title(env_id, fontsize=10)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def draw_middles(axis: Axes, scores: Scores, looks: dict[str, Look]) -> None:
+    """Interquartile means with their intervals, a line a method."""
+    for method, (middle, bounds) in scores.middles.items():
+        look = looks[method]
+        if bounds is not None:
+            axis.plot(bounds, [look.label] * 2, color=look.color, linewidth=6, alpha=0.35)
+        axis.plot([middle], [look.label], color=look.color, marker=look.marker, markersize=6)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3)
+    axis.set_title("All tasks", fontsize=10)
+    axis.set_xlabel(f"interquartile mean of final return / {scores.unit}")
+
+
+def picture_of_curves(
+    path: Path,
+    by: str,
+    groups: Groups,
+    lines: list[PublishedLine],
+    titles: tuple[str, ...] = (),
+    scores: Scores | None = None,
+) -> None:
+    """One panel an environment, and the interquartile means where panels are left over."""
+    looks = choose_looks(list(next(iter(groups.values()))))
+    styles = legend_styles(looks) | {line.source: line.style for line in lines}
+    count = len(groups)
+    columns = min(count, 2 if count in (2, 4) else 3)
+    rows = math.ceil(count / columns)
+    width = min(10, 2.1 + 4.2 * columns)
+    height = 2.6 * rows + 0.4 + 0.2 * math.ceil(len(styles) / legend_columns(width))
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    for i, (env_id, group) in enumerate(groups.items()):
+        axis = figure.add_subplot(rows, columns, i + 1)
+        draw_panel(axis, by, env_id, group, looks, lines)
+        if titles:
+            axis.set_title(titles[i], fontsize=10)
+        if i >= count - columns:  # the lowest panel of its column
+            axis.set_xlabel(AXES[by][1])
+        if i % columns == 0:
+            axis.set_ylabel("episodic return")
+    if scores and scores.seeds.keys() == groups.keys() and count < rows * columns:
+        axis = figure.add_subplot(rows, columns, (count + 1, rows * columns))
+        draw_middles(axis, scores, looks)
+    legend(figure, styles)
+    save(figure, path)
+
+
+def picture_of_profiles(path: Path, scores: Scores) -> None:
+    """Interquartile means with intervals, and the fraction of runs above a score."""
+    looks = choose_looks(list(scores.returns))
+    highest = max(np.concatenate(tasks).max() for tasks in scores.returns.values())
+    thresholds = np.linspace(0, 1.02 * highest, 200)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    draw_middles(left, scores, looks)
+    for place, (method, tasks) in enumerate(scores.returns.items()):
+        above = [returns[:, None] > thresholds for returns in tasks]  # [seeds, 200] a task
+        band = interval(above, mean)
+        draw(right, thresholds, mean(*above, axis=0), band, place, looks[method])
+    right.set(xlabel=f"final return / {scores.unit}, τ", ylabel="fraction of runs above τ")
+    legend(figure, legend_styles(looks))
+    save(figure, path)
+
+
+def picture_of_speed(path: Path, file: Path) -> None:
+    """Milliseconds of one update, a panel a network, a bar a method."""
+    rows = read_rows(file, {"method", "update", "network", "milliseconds"}, "--speed")
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    size = (10, 0.5 + 0.22 * len(rows) / len(networks))
+    figure, axes = plt.subplots(
+        1, len(networks), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, network in zip(axes[0], networks, strict=True):
+        here = [row for row in rows if row["network"] == network]
+        names = [row["update"] for row in here]
+        times = [float(row["milliseconds"]) for row in here]
+        colors = [LOOKS[row["method"]].color for row in here]
+        bars = axis.barh(names, times, color=colors)
+        axis.bar_label(bars, fmt="%.0f", padding=2)
+        axis.set_xscale("log")
+        axis.set_xlim(1, 4 * max(times))  # room for the numbers
+        axis.set_title(network, fontsize=10)
+        axis.set_xlabel("milliseconds")
+    axes[0, 0].invert_yaxis()
+    save(figure, path)
+
+
+# ---- Program ---------------------------------------------------------------------------------
 
 
 def thin(run: Run, folder: Path) -> None:
@@ -123,232 +667,61 @@ def thin(run: Run, folder: Path) -> None:
             print(int(step), *(f"{value:.6g}" for value in values), sep=",", file=file)
 
 
-def read_reference(paths: tuple[Path, ...]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Published results: source -> environment without its version -> (mean, error or nan)."""
-    found = defaultdict(dict)
-    for path in paths:
-        try:
-            lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-            for row in csv.DictReader(lines):
-                found[row["source"]][row["env"]] = float(row["mean"]), float(row["error"] or math.nan)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"--reference {path} cannot be read ({error!r}), its columns must be env, source, mean and error.")
-    return found
-
-
-# Statistics
-def align(runs: list[Run], by: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [seeds, 200] of runs of one method at 200 common values of the column `by`, and these values."""
-    curves = []
-    for run in runs:
-        seen = np.isfinite(run.columns["episodic_return"])  # nan before the first episode ends
-        curves.append((run.columns[by][seen], run.columns["episodic_return"][seen]))
-    grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
-    return grid, np.array([np.interp(grid, x, y) for x, y in curves])
-
-
-def interval(samples: list[np.ndarray], statistic) -> tuple[np.ndarray, np.ndarray] | None:
-    """95 % bootstrap interval of statistic(*samples, axis) over axis 0, each sample resampled on its own."""
-    if min(map(len, samples)) < 2:
-        return None
-    return bootstrap(samples, statistic, axis=0, n_resamples=2000, method="percentile", rng=0).confidence_interval
-
-
-def interquartile_mean(*tasks: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of the middle half of the runs of all tasks together."""
-    return trim_mean(np.concatenate(tasks, axis), 0.25, axis)
-
-
-def mean(*tasks: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the runs of all tasks together."""
-    return np.concatenate(tasks, axis).mean(axis)
-
-
-# Tables
-def number(x: float) -> str:
-    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
-
-
-def with_error(mean: float, error: float) -> str:
-    return number(mean) + ("" if math.isnan(error) else f" ± {f'{error:.0f}' if abs(mean) >= 100 else f'{error:.1f}'}")
-
-
-def task(env_id: str) -> str:
-    """Name of an environment without its version, as the published tables have it."""
-    return re.sub(r"-v\d+$", "", env_id)
-
-
-def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
-    """A Markdown table with one line a row."""
-    for cells in ([title, *columns], ["---"] * (len(columns) + 1), *([name, *row] for name, row in rows.items())):
-        print("| " + " | ".join(cells) + " |")
-    print()
-
-
-# Pictures
-def styles(methods: list[str]) -> dict[str, dict]:
-    """Line style of each method: a known method's own, else one that is free."""
-    free = [style for i, style in enumerate(STYLES) if i >= len(METHODS) or METHODS[i] not in methods]
-    others = [method for method in methods if method not in METHODS]
-    if len(others) > len(free):
-        fail(f"{len(methods)} methods are more than the {len(STYLES)} line styles, draw fewer at a time.")
-    own = {method: STYLES[METHODS.index(method)] for method in methods if method in METHODS}
-    own |= dict(zip(others, free, strict=False))
-    return {m: {"color": c, "linestyle": d, "marker": k, "markersize": 4} for m, (c, d, k) in own.items()}
-
-
-def draw(axis: Axes, x: np.ndarray, y: np.ndarray, band: tuple | None, number: int, style: dict) -> None:
-    """A line with markers, apart from those of the other methods, and its band."""
-    axis.plot(x, y, **style, linewidth=1.2, markevery=(number * 4 % 40, 40))
-    if band is not None:
-        axis.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
-    axis.grid(alpha=0.3)
-
-
-def legend_columns(width: float) -> int:
-    return int(width / 2)  # two inches a name
-
-
-def legend(figure: plt.Figure, look: dict[str, dict]) -> None:
-    """A name for each line style, below the panels."""
-    lines = [plt.Line2D([], [], **style, label=method) for method, style in look.items()]
-    columns = min(len(lines), legend_columns(figure.get_figwidth()))
-    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
-
-
-def picture_of_curves(path: Path, groups: dict[str, dict[str, list[Run]]], look: dict, by: str, unit: float) -> None:
-    """One panel an environment; a method's mean and band over seeds, up to where its shortest run ends."""
-    columns = min(len(groups), 2 if len(groups) in (2, 4) else 3)
-    rows = math.ceil(len(groups) / columns)
-    width = min(10, 2.1 + 4.2 * columns)
-    size = (width, 2.6 * rows + 0.4 + 0.2 * math.ceil(len(look) / legend_columns(width)))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(groups) :]:
-        axis.axis("off")
-    for axis, (env_id, group) in zip(axes.flat, groups.items(), strict=False):
-        for i, (method, style) in enumerate(look.items()):
-            if runs := [run for run in group.get(method, []) if by in run.columns]:
-                x, returns = align(runs, by)
-                draw(axis, x / unit, returns.mean(0), interval([returns], mean), i, style)
-        axis.set_title(env_id, fontsize=10)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    for axis in axes.flat[len(groups) - columns : len(groups)]:  # the lowest panel of each column
-        axis.set_xlabel("million environment steps" if by == "global_step" else "minutes")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("episodic return")
-    legend(figure, look)
-    figure.savefig(path, dpi=110)
-
-
-def picture_of_profiles(path: Path, scores: dict[str, list[np.ndarray]], iqm: dict, look: dict) -> None:
-    """Interquartile means with intervals, and the fraction of runs above a score."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    thresholds = np.linspace(0, max(np.concatenate(tasks).max() for tasks in scores.values()) * 1.02, 200)
-    for i, (method, tasks) in enumerate(scores.items()):
-        middle, bounds = iqm[method]
-        if bounds is not None:
-            left.plot(bounds, [method] * 2, color=look[method]["color"], linewidth=6, alpha=0.35)
-        left.plot([middle], [method], **look[method] | {"linestyle": "none", "markersize": 6})
-        above = [task[:, None] > thresholds for task in tasks]  # [seeds, 200] a task
-        draw(right, thresholds, mean(*above, axis=0), interval(above, mean), i, look[method])
-    left.invert_yaxis()
-    left.grid(alpha=0.3)
-    left.set_xlabel("interquartile mean of final return / reference")
-    right.set(xlabel="final return / reference, τ", ylabel="fraction of runs above τ")
-    legend(figure, {method: look[method] for method in scores})
-    figure.savefig(path, dpi=110)
-
-
 def show(args: Args, runs: list[Run]) -> None:
     """Print the tables, write the pictures."""
-    published = read_reference(args.reference)
-    tasks_in_order = [*dict.fromkeys(env for source in published.values() for env in source)]
-    known = {env: i for i, env in enumerate(tasks_in_order)}
-    envs = sorted({run.env_id for run in runs}, key=lambda env: (known.get(task(env), len(known)), env))
-    found = {run.method for run in runs}
-    methods = [m for m in METHODS if m in found] + sorted(found - set(METHODS))
-    groups = {env: {m: [r for r in runs if (r.env_id, r.method) == (env, m)] for m in methods} for env in envs}
-
-    finals, rows = {}, {method: [] for method in methods}  # (environment, method) -> last return [seeds]
-    for env, group in groups.items():
-        longest = max(run.step for run in runs if run.env_id == env)
-        for method, seeds in group.items():
-            if not seeds:
-                rows[method].append("-")
-                continue
-            grid, returns = align(seeds, "global_step")
-            finals[env, method] = final = returns[:, -1]
-            error = final.std(ddof=1) / math.sqrt(len(final)) if len(final) > 1 else math.nan
-            listed = ", ".join(map(number, final)) if args.every_seed else len(final)
-            at = f" at {grid[-1] / 1e6:.2f}M" if grid[-1] < 0.98 * longest else ""
-            rows[method].append(f"{with_error(final.mean(), error)} ({listed}){at}")
-    for source, returns in published.items():
-        if any(task(env) in returns for env in envs):
-            rows[source] = [with_error(*returns[task(env)]) if task(env) in returns else "-" for env in envs]
-    what = "seeds" if args.every_seed else "number of seeds"
-    print_table(f"final return, mean ± standard error ({what})", envs, rows)
-    print("No error and no band where there is one seed. `at`: steps where the shortest run ends, if others go on.\n")
-
-    states = {method: [] for method in methods}  # where runs tell: how far a rollout moved the policy, its noise
-    for method, cells in states.items():
-        for group in groups.values():
-            told = [run.columns for run in group[method] if {"kl", "entropy"} <= run.columns.keys()]
-            cells.append("; ".join(f"{np.nanmedian(c['kl']):.4f}, {c['entropy'][-1]:.1f}" for c in told) or "-")
-    print_table("median KL, entropy at the end [nats]; by seed", envs, states)
-
-    unit = {env: next((r[task(env)][0] for r in published.values() if task(env) in r), None) for env in envs}
-    shared = {env: set.intersection(*({r.seed for r in g[m]} for m in methods)) for env, g in groups.items()}
-    common = [env for env in envs if unit[env] and shared[env]]
-    scores = {m: [] for m in methods} if common else {}  # more seeds on one task would shift a method's weight there
-    for m, tasks in scores.items():
-        for env in common:
-            kept = [run.seed in shared[env] for run in groups[env][m]]
-            tasks.append(finals[env, m][kept] / unit[env])
-    iqm = {m: (interquartile_mean(*t, axis=0), interval(t, interquartile_mean)) for m, t in scores.items()}
-    if common:
-        cells = {
-            m: [f"{x:.3f}" + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci else ""), str(sum(map(len, scores[m])))]
-            for m, (x, ci) in iqm.items()
-        }
-        print_table("interquartile mean", ["[95 % interval] of final return / reference", "runs"], cells)
-        counted = ", ".join(f"{env} (seeds {', '.join(sorted(shared[env]))})" for env in common)
-        print(f"Reference 1: the first published row. Counted, the seeds that every method has: {counted}.")
-    if missing := [env for env in envs if env not in common]:
-        print(f"No interquartile mean, for want of a seed of every method or a reference: {', '.join(missing)}.")
-    if args.profile and not common:
-        fail("--profile needs an environment that has a published return and a seed that every method has.")
-
-    look = styles(methods) if args.out or args.wall_clock or args.profile else {}
+    published = read_published(args.reference)
+    groups = group_runs(runs, published)
+    lines = published_lines(args.lines, groups, published)
+    if args.titles and len(args.titles) != len(groups):
+        fail(f"--titles are {len(args.titles)}, the panels {len(groups)}: {', '.join(groups)}.")
+    finals = final_returns(groups)
+    scores = score(groups, finals, published)
+    print_returns(groups, finals, published, args.every_seed)
+    print_states(groups)
+    print_middles(groups, scores)
     if args.out:
-        picture_of_curves(args.out, groups, look, "global_step", 1e6)
+        picture_of_curves(args.out, "global_step", groups, lines, args.titles, scores)
     if args.wall_clock:
-        if untimed := [run.name for run in runs if "wall_seconds" not in run.columns]:
+        untimed = [run.name for run in runs if "wall_seconds" not in run.columns]
+        if untimed:
             print(f"No wall_seconds, not in {args.wall_clock}: {', '.join(untimed)}.")
-        picture_of_curves(args.wall_clock, groups, look, "wall_seconds", 60)
+        picture_of_curves(args.wall_clock, "wall_seconds", groups, lines, args.titles)
+    if args.profile and not scores.seeds:
+        fail("--profile needs a published return and a seed that every method has.")
     if args.profile:
-        picture_of_profiles(args.profile, scores, iqm, look)
+        picture_of_profiles(args.profile, scores)
+
+
+def check_pictures(args: Args) -> None:
+    """Refuse a picture in a format that cannot be written, before any work."""
+    formats = FigureCanvasBase.get_supported_filetypes()
+    for name in PICTURES:
+        path = getattr(args, name)
+        if path and path.suffix[1:] not in formats:
+            option = name.replace("_", "-")
+            fail(f"--{option} {path} must end in one of .{', .'.join(formats)}.")
+    if args.speed and len(args.paths) != 1:
+        fail("--speed takes one CSV file, such as benchmark/results/update_speed.csv.")
 
 
 def main(args: Args) -> None:
     """Thin runs, or draw them and print the tables."""
     plt.rcParams.update({"font.size": 8, "legend.fontsize": 9})
-    formats = FigureCanvasBase.get_supported_filetypes()
-    for name in ("out", "wall_clock", "profile"):
-        path = getattr(args, name)
-        if path and path.suffix[1:] not in formats:
-            fail(f"--{name.replace('_', '-')} {path} must end in one of .{', .'.join(formats)}.")
-    runs = choose([read(path) for path in sorted(args.paths)], args.partial)
-    if not runs:
-        fail("there is no run to show, name run folders or CSV files.")
+    check_pictures(args)
     try:
-        if args.thin:
-            for run in runs:
-                thin(run, args.thin)
-        else:
+        if args.speed:
+            picture_of_speed(args.speed, args.paths[0])
+            return
+        runs = choose([read_run(path) for path in find_runs(args.paths)], args.partial)
+        if not args.thin:
             show(args, runs)
+            return
+        for run in runs:
+            thin(run, args.thin)
     except OSError as error:
         advice = "name a folder that exists" if error.filename else "read all of it"
-        fail(f"{error.filename or 'standard output'} cannot be written ({error.strerror}), {advice}.")
+        what = error.filename or "standard output"
+        fail(f"{what} cannot be written ({error.strerror}), {advice}.")
 
 
 if __name__ == "__main__":
