@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The benchmark: seeds x environments x methods, one training run each, in runs/ENVIRONMENT__METHOD__SEED.
+# The benchmark: seeds x environments x methods, one training run each, in
+# runs/ENVIRONMENT__METHOD__SEED.
 #
 #   SUITE=paper ./benchmark.sh --dry-run                print the commands
 #   SUITE=paper WORKERS=2 ./benchmark.sh                run them, two at a time
-#   SUITE=paper sbatch --array=0-209 benchmark.sh       SLURM: task N runs line N of the dry run, the first is 0
+#   SUITE=paper sbatch --array=0-209 benchmark.sh       SLURM: task N runs line N, the first is 0
 #
-# Finished runs are skipped and interrupted ones resumed, so the same command again does what is left. Variables:
+# Finished runs are skipped and interrupted ones resumed, so the same command again does what is
+# left. Variables:
 #   SUITE     quick (default; minutes), mujoco, paper or procgen
 #   SEEDS     "1 2 3"; quick: "1"
 #   WORKERS   processes side by side, one thread each (1)
@@ -14,7 +16,7 @@
 #   EXTRA     arguments for every run: "--total-timesteps 10000000"
 #   RUNS      folder of the run folders (runs)
 #   PYTHON    interpreter (python)
-#   VECTORIZATION   sync, async or envpool (envpool where it is installed, else sync); not for procgen
+#   VECTORIZATION   sync, async or envpool (envpool where installed, else sync); not for procgen
 set -uo pipefail
 
 declare -A script=(
@@ -35,27 +37,52 @@ fail() {
   exit 2
 }
 
-suite=${SUITE:-quick} steps="" seeds="1 2 3" known="rat rat_shared npg trpo rank1 acktr acktr_shared ppo sophia diag"
+# The suite, and what the variables change of it
+suite=${SUITE:-quick}
+known="rat rat_shared npg trpo rank1 acktr acktr_shared ppo sophia diag"
+seeds="1 2 3"
+steps=""
 case $suite in
-  quick) envs="InvertedPendulum-v5" steps="--total-timesteps 60000" seeds="1" ;;
-  mujoco) envs="Hopper-v4 HalfCheetah-v4 Walker2d-v4 Humanoid-v4" ;;
-  paper) envs="Swimmer-v4 Hopper-v4 HalfCheetah-v4 Walker2d-v4 Ant-v5 Humanoid-v4 HumanoidStandup-v4" ;;
+  quick)
+    envs="InvertedPendulum-v5"
+    seeds="1"
+    steps="--total-timesteps 60000"
+    ;;
+  mujoco)
+    envs="Hopper-v4 HalfCheetah-v4 Walker2d-v4 Humanoid-v4"
+    ;;
+  paper)
+    envs="Swimmer-v4 Hopper-v4 HalfCheetah-v4 Walker2d-v4 Ant-v5 Humanoid-v4 HumanoidStandup-v4"
+    ;;
   procgen) # the games with a published result to hold against; ENVS takes any of the 16
-    envs="starpilot bossfight bigfish" known="rat" script=([rat]="rat_procgen.py") ;;
-  *) fail "SUITE=$suite is unknown, take quick, mujoco, paper or procgen." ;;
+    envs="starpilot bossfight bigfish"
+    known="rat"
+    script=([rat]="rat_procgen.py")
+    ;;
+  *)
+    fail "SUITE=$suite is unknown, take quick, mujoco, paper or procgen."
+    ;;
 esac
-seeds=${SEEDS:-$seeds} methods=${METHODS:-$known} envs=${ENVS:-$envs}
-workers=${WORKERS:-1} runs=${RUNS:-runs} python=${PYTHON:-python}
+envs=${ENVS:-$envs}
+methods=${METHODS:-$known}
+seeds=${SEEDS:-$seeds}
+workers=${WORKERS:-1}
+runs=${RUNS:-runs}
+python=${PYTHON:-python}
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "WORKERS=$workers must be a positive integer."
-[[ $# == 0 || $* == --dry-run ]] || fail "$* is not understood, the only argument is --dry-run, all else is a variable."
+[[ $# == 0 || $* == --dry-run ]] ||
+  fail "$* is not understood, the only argument is --dry-run, all else is a variable."
 for method in $methods; do
-  [[ -v script[$method] ]] || fail "METHODS: $method is unknown in SUITE=$suite, take some of: $known."
+  [[ -v script[$method] ]] ||
+    fail "METHODS: $method is unknown in SUITE=$suite, take some of: $known."
 done
 
 here=$(dirname "$0") # not for sbatch, which runs a copy elsewhere
 [[ -f $here/rat_continuous.py ]] || here=${SLURM_SUBMIT_DIR:-.}
-cd "$here" && [[ -f rat_continuous.py ]] || fail "there is no rat_continuous.py in $here, submit from the checkout."
-command -v "$python" >/dev/null || fail "PYTHON=$python is not there, name an interpreter or activate its environment."
+cd "$here" && [[ -f rat_continuous.py ]] ||
+  fail "there is no rat_continuous.py in $here, submit from the checkout."
+command -v "$python" >/dev/null ||
+  fail "PYTHON=$python is not there, name an interpreter or activate its environment."
 vectorization=""
 if [[ $suite != procgen ]]; then
   has_envpool="import importlib.util as u, sys; sys.exit(u.find_spec('envpool') is None)"
@@ -63,14 +90,19 @@ if [[ $suite != procgen ]]; then
   vectorization="--vectorization $vectorization"
 fi
 
-names=() commands=()
-for seed in $seeds; do # outermost: seed 1 of everything first, so that a part of the set is balanced
+# The runs
+names=()
+commands=() # quoted for the shell
+for seed in $seeds; do # outermost, so that a part of the set is balanced
   for env in $envs; do
     for method in $methods; do
       name=${env//\//_}__${method}__$seed
-      command="$python ${script[$method]} --env-id $env --seed $seed $steps $vectorization ${EXTRA:-}"
-      read -ra words <<<"$command --output-dir $runs --run-name $name" # single spaces
-      names+=("$name") commands+=("${words[*]}")
+      options="--env-id $env --seed $seed $steps $vectorization ${EXTRA:-}"
+      read -ra words <<<"${script[$method]} $options"
+      words=("$python" "${words[@]}" --output-dir "$runs" --run-name "$name")
+      printf -v command '%q ' "${words[@]}"
+      names+=("$name")
+      commands+=("${command% }")
     done
   done
 done
@@ -81,66 +113,80 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 queue=("${!names[@]}")
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  ((SLURM_ARRAY_TASK_ID < ${#names[@]})) || fail "array task $SLURM_ARRAY_TASK_ID: the last line is $((${#names[@]} - 1))."
+  last=$((${#names[@]} - 1))
+  ((SLURM_ARRAY_TASK_ID <= last)) ||
+    fail "array task $SLURM_ARRAY_TASK_ID: the last line is $last."
   queue=("$SLURM_ARRAY_TASK_ID")
 fi
 mkdir -p "$runs/log" || fail "RUNS=$runs cannot be written."
 
 declare -A running=() # process id -> index of the run
-finished=0 skipped=0 failed=() stopped=""
+finished=0
+skipped=0
+failed=()
+stopped=""
 
 start() { # start run $1 in the background, unless there is nothing to do
   local name=${names[$1]} words resumed=""
   local folder=$runs/$name log=$runs/log/$name.log
+  eval "words=(${commands[$1]})"
   if [[ -f $folder/finished && $(<"$folder/finished") == "${commands[$1]}" ]]; then
     skipped=$((skipped + 1))
     return
   fi
   exec 9>>"$log"
-  if command -v flock >/dev/null && { flock -n -E 9 9; (($? == 9)); }; then # held by a run's output while it lives
+  # The log is locked while a run's output holds it, 9 is flock's answer to that
+  if command -v flock >/dev/null && { flock -n -E 9 9; (($? == 9)); }; then
     echo "busy: $name runs in another process"
     skipped=$((skipped + 1))
     return
   fi
-  read -ra words <<<"${commands[$1]}"
   if [[ -f $folder/checkpoint.pt ]]; then
-    words+=(--resume) resumed=", resumed"
-  elif [[ -s $folder/progress.csv || -f $folder/finished ]]; then
-    failed+=("$name: $folder has results but no checkpoint.pt to go on from, move the folder away")
-    echo "FAILED: ${failed[-1]}"
-    exec 9>&-
-    return
-  elif [[ -d $folder ]]; then # stopped before its first checkpoint: nothing to resume
-    rm -f "$folder"/{config.json,progress.csv,checkpoint.partial,events.out.tfevents.*}
+    words+=(--resume)
+    resumed=", resumed"
+  elif [[ -d $folder && ! -s $folder/progress.csv && ! -f $folder/finished ]]; then
+    rm -f "$folder"/{config.json,progress.csv,checkpoint.*,events.*} # killed at its very start
     rmdir "$folder"
   fi
-  echo "${words[*]}" >&9
+  echo "${commands[$1]}${resumed:+ --resume}" >&9
   "${words[@]}" </dev/null >&9 2>&1 9>&- &
   running[$!]=$1
   exec 9>&-
   echo "started: $name ($((queued + 1)) of ${#queue[@]}$resumed)"
 }
 
+outcome() { # the last line of log $1, or the sentence where tyro has drawn a box around it
+  awk '
+    /^╭/ { text = ""; box = "message"; next }
+    /^╰/ { box = ""; next }
+    /^│ ──/ { box = "help"; next }
+    box == "message" { gsub(/^│ *| *│$/, ""); text = text (text == "" ? "" : " ") $0 }
+    box == "" && NF { text = $0 }
+    END { print text }
+  ' "$1"
+}
+
 reap() { # count the run of process $1, which has ended
-  local status=0 name=${names[${running[$1]}]} last
+  local status=0 name=${names[${running[$1]}]} log text
   wait "$1" || status=$?
-  last=$(tail -n 1 "$runs/log/$name.log")
+  log=$runs/log/$name.log
+  text=$(outcome "$log")
   if [[ $status == 0 ]]; then
     finished=$((finished + 1))
     echo "${commands[${running[$1]}]}" >"$runs/$name/finished"
-    echo "finished: $name: $last"
+    echo "finished: $name: $text"
   elif [[ -n $stopped ]]; then
     echo "stopped: $name"
   else
-    failed+=("$name: exit code $status, $runs/log/$name.log: $last")
+    failed+=("$name: exit code $status, $log: $text")
     echo "FAILED: ${failed[-1]}"
   fi
   unset "running[$1]"
 }
 
-stop() { # no new runs; those that run write a checkpoint and end
+stop() { # no new runs; those that run end at their last checkpoint
   stopped=$1
-  echo "stopping: ${#running[@]} runs write their checkpoints, the same command resumes them" >&2
+  echo "stopping ${#running[@]} runs, the same command resumes them" >&2
   ((${#running[@]})) && kill -TERM "${!running[@]}" 2>/dev/null
 }
 trap 'stop 130' INT
