@@ -30,7 +30,10 @@ import plot
 import update_speed
 
 CURVES = Path(__file__).parent / "curves"  # small runs whose numbers are easy to check
-PAPER = ["Swimmer-v4", "Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v5", "Humanoid-v4", "HumanoidStandup-v4"]
+RESULTS = ROOT / "benchmark" / "results"
+MUJOCO = ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Humanoid-v4"]
+PAPER = ["Swimmer-v4", *MUJOCO[:3], "Ant-v5", "Humanoid-v4", "HumanoidStandup-v4"]
+PROCGEN = ["starpilot", "bossfight", "bigfish"]
 METHODS = {
     "rat": "rat_continuous.py",
     "rat_shared": "rat_shared.py",
@@ -43,17 +46,28 @@ METHODS = {
     "sophia": "sophia_ppo.py --optimizer sophia",
     "diag": "sophia_ppo.py --optimizer diag",
 }
+SMALL = "--num-envs 4 --num-steps 16 --total-timesteps"  # 64 steps an iteration
+PENDULUM = "InvertedPendulum-v5__rat__1"
 
 
-def program(name, *arguments):
-    command = [sys.executable, str(ROOT / "benchmark" / name), *map(str, arguments)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def texts():
+    """README and docs: a table may stand in any of them."""
+    return "\n".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+
+
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+# ---- update_speed.py, procgen_speed.py -------------------------------------------------------
 
 
 def test_update_speed_prints_every_row():
-    table = program("update_speed.py", "--quick").splitlines()[4:]
+    command = [sys.executable, str(ROOT / "benchmark" / "update_speed.py"), "--quick"]
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run(command, env=environment(), **options)
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.splitlines()[4:]
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in table}
     ours = {name: cells for name, cells in rows.items() if not name.endswith("in the paper")}
     assert set(ours) == set(update_speed.METHODS)
@@ -67,32 +81,43 @@ def test_update_speed_prints_every_row():
 
 
 @pytest.mark.parametrize("name", ["update_speed", "procgen_speed"])
-@pytest.mark.parametrize("bad", [{"repeats": 0}, {"samples": 0}, {"device": "cuda"}])
-def test_speed_programs_refuse_with_one_sentence(name, bad, monkeypatch):
+@pytest.mark.parametrize("option, value", [("repeats", 0), ("samples", 0), ("device", "cuda")])
+def test_speed_programs_refuse_with_one_sentence(name, option, value, monkeypatch):
     module = importlib.import_module(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
-        module.main(module.Args(**bad))
-    assert str(error.value).startswith(f"{name}: ") and f"--{next(iter(bad))} {next(iter(bad.values()))}" in str(
-        error.value
+        module.main(module.Args(**{option: value}))
+    assert str(error.value).startswith(f"{name}: ")
+    assert f"--{option} {value}" in str(error.value)
+
+
+# ---- benchmark.sh ----------------------------------------------------------------------------
+
+
+def start_benchmark(*arguments, script=ROOT / "benchmark.sh", **variables):
+    """The process of benchmark.sh with these variables and no others."""
+    names = ["SUITE", "SEEDS", "WORKERS", "METHODS", "ENVS", "EXTRA", "RUNS"]
+    env = {"PYTHON": sys.executable, "VECTORIZATION": "sync"}
+    for name, value in environment().items():
+        if name not in [*names, *env] and not name.startswith("SLURM_"):
+            env[name] = value
+    for name, value in variables.items():
+        env[name] = str(value)
+    return subprocess.Popen(
+        ["bash", str(script), *arguments],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
-# benchmark.sh
-def benchmark(*arguments, script=ROOT / "benchmark.sh", wait=True, **variables):
-    """Run benchmark.sh with these variables and no others; wait=False gives the process."""
-    names = ["SUITE", "SEEDS", "WORKERS", "METHODS", "ENVS", "EXTRA", "RUNS", "PYTHON", "VECTORIZATION"]
-    inherited = {k: v for k, v in environment().items() if k not in names and not k.startswith("SLURM_")}
-    env = {**inherited, "PYTHON": sys.executable, "VECTORIZATION": "sync", **{k: str(v) for k, v in variables.items()}}
-    options = {
-        "env": env,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "start_new_session": True,
-    }
-    command = ["bash", str(script), *arguments]
-    return subprocess.run(command, **options, timeout=300) if wait else subprocess.Popen(command, **options)
+def benchmark(*arguments, **variables):
+    """Run benchmark.sh to its end."""
+    process = start_benchmark(*arguments, **variables)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def dry_run(**variables):
@@ -101,19 +126,25 @@ def dry_run(**variables):
     return result.stdout.splitlines()
 
 
+def interpreter(path, script):
+    """A program to take for PYTHON; its last arguments are --output-dir FOLDER --run-name NAME."""
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.parametrize(
-    "suite, envs, methods, seeds, steps",
+    "suite, envs, methods, seeds, options",
     [
-        ("quick", ["InvertedPendulum-v5"], METHODS, [1], " --total-timesteps 60000"),
-        ("mujoco", ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Humanoid-v4"], METHODS, [1, 2, 3], ""),
-        ("paper", PAPER, METHODS, [1, 2, 3], ""),
-        ("procgen", ["starpilot", "bossfight", "bigfish"], {"rat": "rat_procgen.py"}, [1, 2, 3], ""),
+        ("quick", [PENDULUM[:-8]], METHODS, [1], " --total-timesteps 60000 --vectorization sync"),
+        ("mujoco", MUJOCO, METHODS, [1, 2, 3], " --vectorization sync"),
+        ("paper", PAPER, METHODS, [1, 2, 3], " --vectorization sync"),
+        ("procgen", PROCGEN, {"rat": "rat_procgen.py"}, [1, 2, 3], ""),
     ],
 )
-def test_dry_run_lists_every_run_once_seed_by_seed(suite, envs, methods, seeds, steps):
-    vectorization = "" if suite == "procgen" else " --vectorization sync"
+def test_dry_run_lists_every_run_once_seed_by_seed(suite, envs, methods, seeds, options):
     expected = [
-        f"OMP_NUM_THREADS=1 {sys.executable} {script} --env-id {env} --seed {seed}{steps}{vectorization}"
+        f"OMP_NUM_THREADS=1 {sys.executable} {script} --env-id {env} --seed {seed}{options}"
         f" --output-dir runs --run-name {env}__{method}__{seed}"
         for seed in seeds
         for env in envs
@@ -123,24 +154,26 @@ def test_dry_run_lists_every_run_once_seed_by_seed(suite, envs, methods, seeds, 
 
 
 def test_dry_run_takes_choices():
-    lines = dry_run(
-        SUITE="paper", SEEDS="4 5", METHODS="trpo", ENVS="Ant-v5", EXTRA="--gamma 0.9  --damping 1", RUNS="x"
-    )
+    choices = {"SEEDS": "4 5", "METHODS": "trpo", "ENVS": "Ant-v5", "RUNS": "x"}
+    lines = dry_run(SUITE="paper", EXTRA="--gamma 0.9  --damping 1", **choices)
     assert [line.split("npg_cg.py ")[1] for line in lines] == [
         f"--line-search --env-id Ant-v5 --seed {seed} --vectorization sync --gamma 0.9 --damping 1"
         f" --output-dir x --run-name Ant-v5__trpo__{seed}"
         for seed in (4, 5)
     ]
-    assert dry_run(METHODS="rat", ENVS="module/Task-v0")[0].endswith("--run-name module_Task-v0__rat__1")
+    line = dry_run(METHODS="rat", ENVS="module/Task-v0")[0]
+    assert line.endswith("--run-name module_Task-v0__rat__1")
     installed = importlib.util.find_spec("envpool") is not None
-    assert ("--vectorization envpool" in dry_run(METHODS="rat", VECTORIZATION="")[0]) == installed
+    line = dry_run(METHODS="rat", VECTORIZATION="")[0]
+    assert ("--vectorization envpool" in line) == installed
 
 
 def test_command_lines_are_the_scripts_own():
     read = 0
     for line in dry_run(SUITE="paper", SEEDS=3):
         script, *arguments = line.split()[2:]
-        if (name := script.removesuffix(".py")) in SCRIPTS:
+        name = script.removesuffix(".py")
+        if name in SCRIPTS:
             args = tyro.cli(importlib.import_module(name).Args, args=arguments)
             assert args.run_name == f"{args.env_id}__{args.run_name.split('__')[1]}__3"
             read += 1
@@ -149,58 +182,110 @@ def test_command_lines_are_the_scripts_own():
 
 @pytest.mark.parametrize(
     "variables, word",
-    [({"SUITE": "all"}, "SUITE=all"), ({"METHODS": "rat nope"}, "nope"), ({"WORKERS": "0"}, "WORKERS=0"),
-     ({"PYTHON": "/nope"}, "PYTHON=/nope"), ({"SLURM_ARRAY_TASK_ID": "10"}, "task 10")],
-)  # fmt: skip
+    [
+        ({"SUITE": "all"}, "SUITE=all"),
+        ({"METHODS": "rat nope"}, "nope"),
+        ({"WORKERS": "0"}, "WORKERS=0"),
+        ({"PYTHON": "/nope"}, "PYTHON=/nope"),
+        ({"SLURM_ARRAY_TASK_ID": "10"}, "task 10"),
+    ],
+)
 def test_bad_variables_are_one_sentence(variables, word, tmp_path):
     result = benchmark(RUNS=tmp_path, **variables)
     assert result.returncode == 2
-    assert result.stderr.startswith("benchmark.sh: ") and result.stderr.count("\n") == 1 and word in result.stderr
+    assert result.stderr.startswith("benchmark.sh: ") and result.stderr.count("\n") == 1
+    assert word in result.stderr
 
 
 def test_the_interpreter_is_sought_from_the_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert all(line.startswith("OMP_NUM_THREADS=1 ./benchmark.sh ") for line in dry_run(PYTHON="./benchmark.sh"))
-
-
-def interpreter(path, script):
-    """A program to take for PYTHON."""
-    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
-    path.chmod(0o755)
-    return path
+    for line in dry_run(PYTHON="./benchmark.sh"):
+        assert line.startswith("OMP_NUM_THREADS=1 ./benchmark.sh ")
 
 
 def test_finishes_reports_a_failure_and_skips(tmp_path):
-    planted = f'[[ $* == *Planted* ]] && {{ echo "it broke" >&2; exit 3; }}; exec {sys.executable} "$@"'
-    small = {"EXTRA": "--total-timesteps 128 --num-envs 4 --num-steps 16", "METHODS": "rat rank1"}
-    small |= {"RUNS": tmp_path / "runs", "PYTHON": interpreter(tmp_path / "python", planted)}
+    """Paths with spaces, as every path of a user may have."""
+    planted = '[[ $* == *Planted* ]] && { echo "it broke" >&2; exit 3; }'
+    python = interpreter(tmp_path / "my python", f'{planted}; exec {sys.executable} "$@"')
+    runs = tmp_path / "my runs"
+    small = {"EXTRA": f"{SMALL} 128", "METHODS": "rat rank1", "RUNS": runs, "PYTHON": python}
     result = benchmark(**small, WORKERS=2, ENVS="Planted-v0 InvertedPendulum-v5")
     assert result.returncode == 1
     assert result.stdout.splitlines()[-1] == "2 finished, 0 skipped, 2 failed, of 4 runs"
     for method in ("rat", "rank1"):
-        log = tmp_path / "runs" / "log" / f"Planted-v0__{method}__1.log"
-        assert f"FAILED: Planted-v0__{method}__1: exit code 3, {log}: it broke\n" in result.stderr
-        rows = read_csv(tmp_path / "runs" / f"InvertedPendulum-v5__{method}__1")
+        name = f"Planted-v0__{method}__1"
+        log = runs / "log" / f"{name}.log"
+        assert f"FAILED: {name}: exit code 3, {log}: it broke\n" in result.stderr
+        rows = read_csv(runs / f"InvertedPendulum-v5__{method}__1")
         assert [row["global_step"] for row in rows] == ["64", "128"]
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = modification_times(tmp_path)
     result = benchmark(**small)
-    assert (result.returncode, result.stdout) == (0, "0 finished, 2 skipped, 0 failed, of 2 runs\n")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert (result.returncode, result.stdout.splitlines()) == (
+        0,
+        ["0 finished, 2 skipped, 0 failed, of 2 runs"],
+    )
+    assert modification_times(tmp_path) == before
 
     copy = shutil.copy(ROOT / "benchmark.sh", tmp_path / "slurm_script")  # as sbatch does
     result = benchmark(script=copy, **small, SLURM_ARRAY_TASK_ID=1, SLURM_SUBMIT_DIR=ROOT)
-    assert (result.returncode, result.stdout) == (0, "0 finished, 1 skipped, 0 failed, of 1 runs\n")
+    assert (result.returncode, result.stdout.splitlines()) == (
+        0,
+        ["0 finished, 1 skipped, 0 failed, of 1 runs"],
+    )
+
+
+def test_a_dry_run_can_be_pasted_where_paths_have_spaces():
+    line = dry_run(METHODS="rat", RUNS="my runs")[0]
+    words = subprocess.check_output(["bash", "-c", f"{line.replace(sys.executable, 'echo')}"])
+    assert b"--output-dir my runs --run-name" in words
+    assert "--output-dir my\\ runs --run-name" in line
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("a line\nthe last one", "the last one"),
+        (
+            "╭─ Value error ───────╮\n"
+            "│ Error parsing Args: --n 5 │\n"
+            "│ must be at most 3.  │\n"
+            "│ ─────────────────── │\n"
+            "│ Argument helptext:  │\n"
+            "│ ─────────────────── │\n"
+            "│ For help, --help    │\n"
+            "╰─────────────────────╯\n",
+            "Error parsing Args: --n 5 must be at most 3.",
+        ),
+        ("╭──╮\n│ old │\n╰──╯\nrat: what broke later.", "rat: what broke later."),
+    ],
+)
+def test_the_reason_of_a_failure_is_the_sentence(output, reason, tmp_path):
+    text = tmp_path / "output"
+    text.write_text(output)
+    python = interpreter(tmp_path / "python", f"cat '{text}'; exit 2")
+    result = benchmark(METHODS="rat", RUNS=tmp_path / "runs", PYTHON=python)
+    log = tmp_path / "runs" / "log" / f"{PENDULUM}.log"
+    assert result.stderr == f"FAILED: {PENDULUM}: exit code 2, {log}: {reason}\n"
+
+
+def test_tyros_own_refusal_is_shown(tmp_path):
+    result = benchmark(METHODS="rat", RUNS=tmp_path, EXTRA="--no-such-option 1")
+    assert result.stderr.endswith(": Unrecognized options: --no-such-option, 1\n")
 
 
 def test_workers_run_side_by_side_with_one_thread(tmp_path):
-    log, folder = tmp_path / "log", '"${@: -3:1}/${@: -1}"'  # --output-dir FOLDER --run-name NAME
+    log = tmp_path / "log"
+    folder = '"${@: -3:1}/${@: -1}"'
     fake = f'echo "start $OMP_NUM_THREADS" >>{log}; sleep 1; echo end >>{log}; mkdir -p {folder}'
     python = interpreter(tmp_path / "python", fake)
-    result = benchmark(WORKERS=3, METHODS="rat npg ppo diag", RUNS=tmp_path / "runs", PYTHON=python)
+    runs = tmp_path / "runs"
+    result = benchmark(WORKERS=3, METHODS="rat npg ppo diag", RUNS=runs, PYTHON=python)
     assert (result.returncode, result.stderr) == (0, "")
     lines = log.read_text().splitlines()
-    assert lines[:3] == ["start 1"] * 3 and sorted(lines) == ["end"] * 4 + ["start 1"] * 4
-    assert lines.index("end") < [i for i, line in enumerate(lines) if line == "start 1"][3]
+    assert lines[:3] == ["start 1"] * 3
+    assert sorted(lines) == ["end"] * 4 + ["start 1"] * 4
+    starts = [i for i, line in enumerate(lines) if line == "start 1"]
+    assert lines.index("end") < starts[3]
 
 
 def test_runs_where_files_cannot_be_locked(tmp_path):
@@ -213,86 +298,111 @@ def test_runs_where_files_cannot_be_locked(tmp_path):
 
 def test_resumes_after_a_kill(tmp_path):
     small = {"METHODS": "rat", "RUNS": tmp_path}
-    folder = tmp_path / "InvertedPendulum-v5__rat__1"
+    folder = tmp_path / PENDULUM
     folder.mkdir()
     (folder / "config.json").write_text("{}")  # a crash before the first checkpoint leaves this
-    extra = "--num-envs 4 --num-steps 16 --total-timesteps"
-    process = benchmark(**small, EXTRA=f"{extra} 100000000", wait=False)
+    process = start_benchmark(**small, EXTRA=f"{SMALL} 100000000")
     try:
         deadline = time.time() + 120
         while not (folder / "progress.csv").exists() or len(read_csv(folder)) < 3:
             assert time.time() < deadline and process.poll() is None, "the run did not start"
             time.sleep(0.05)
-        (folder / "checkpoint.pt").unlink()  # a run that has not written its first one looks the same
-        result = benchmark(**small, EXTRA=f"{extra} 64")
-        assert (result.returncode, result.stdout.splitlines()[0]) == (0, f"busy: {folder.name} runs in another process")
+        result = benchmark(**small, EXTRA=f"{SMALL} 64")
+        assert result.returncode == 0
+        assert result.stdout.splitlines()[0] == f"busy: {folder.name} runs in another process"
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and f"stopped: {folder.name}\n" in out
-    rows = len(read_csv(folder))
-    total = 64 * (rows + 2)
-    result = benchmark(**small, EXTRA=f"{extra} {total}")
-    assert result.returncode == 0 and f"started: {folder.name} (1 of 1, resumed)" in result.stdout, result.stderr
-    assert [int(row["global_step"]) for row in read_csv(folder)] == list(range(64, total + 1, 64))
+    total = 64 * (len(read_csv(folder)) + 2)
+    result = benchmark(**small, EXTRA=f"{SMALL} {total}")
+    assert result.returncode == 0, result.stderr
+    assert f"started: {folder.name} (1 of 1, resumed)" in result.stdout
+    steps = [int(row["global_step"]) for row in read_csv(folder)]
+    assert steps == list(range(64, total + 1, 64))
 
 
 @pytest.mark.parametrize("left", ["progress.csv", "finished"])
 def test_results_without_a_checkpoint_are_kept(left, tmp_path):
-    result = benchmark(METHODS="rat", RUNS=tmp_path, EXTRA="--num-envs 4 --num-steps 16 --total-timesteps 64")
-    folder = tmp_path / "InvertedPendulum-v5__rat__1"
+    result = benchmark(METHODS="rat", RUNS=tmp_path, EXTRA=f"{SMALL} 64")
+    folder = tmp_path / PENDULUM
     assert result.returncode == 0 and (folder / left).stat().st_size
-    for path in folder.iterdir():
-        if path.name in ({"progress.csv", "finished"} - {left}) | {"checkpoint.pt"}:
-            path.unlink()
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for name in {"progress.csv", "finished", "checkpoint.pt"} - {left}:
+        (folder / name).unlink()
+    before = modification_times(folder)
     result = benchmark(METHODS="rat", RUNS=tmp_path)  # another command line
-    assert result.returncode == 1 and "no checkpoint.pt" in result.stderr and result.stderr.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert result.returncode == 1
+    assert str(folder) in result.stderr and result.stderr.count("\n") == 1
+    assert modification_times(folder) == before
 
 
-# plot.py
+# ---- plot.py ---------------------------------------------------------------------------------
+
+
 def show(capsys, *arguments):
+    """What plot.py prints."""
     plot.main(tyro.cli(plot.Args, args=[*map(str, arguments)]))
     return capsys.readouterr().out
 
 
+def refusal(capsys, *arguments):
+    """The one sentence with which plot.py ends."""
+    with pytest.raises(SystemExit) as error:
+        show(capsys, *arguments)
+    errors = capsys.readouterr().err
+    assert error.value.code == 2
+    assert errors.startswith("plot: ") and errors.count("\n") == 1
+    return errors
+
+
+def write_run(folder, steps, returns, total, column="kl"):
+    """A run folder as the scripts leave it, one environment, steps of ten."""
+    folder.mkdir(parents=True)
+    config = {"num_envs": 2, "num_steps": 5, "total_timesteps": total}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [f"{step},{value},0.123456789\n" for step, value in zip(steps, returns, strict=True)]
+    (folder / "progress.csv").write_text(f"global_step,episodic_return,{column}\n{''.join(rows)}")
+    return folder
+
+
+def one_run(method="rat", env_id="Task-v0", seed="1", steps=(0, 10, 20), returns=(1, 2, 3)):
+    """A run in memory."""
+    columns = {"global_step": np.array(steps, float), "episodic_return": np.array(returns, float)}
+    return plot.Run("", env_id, method, seed, columns, 20, 20)
+
+
+def drawn_panels(monkeypatch, draw):
+    """The axes of the picture that draw() writes."""
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, _: figures.append(figure))
+    draw()
+    plot.plt.close("all")
+    return figures[0].axes
+
+
 def test_plot_counts_and_draws(tmp_path, capsys):
     pictures = [tmp_path / name for name in ("curves.png", "time.png", "profile.png")]
-    arguments = ["--out", pictures[0], "--wall-clock", pictures[1], "--profile", pictures[2]]
-    lines = show(capsys, *arguments, *CURVES.iterdir()).splitlines()
+    options = ["--out", pictures[0], "--wall-clock", pictures[1], "--profile", pictures[2]]
+    lines = show(capsys, *options, *CURVES.iterdir()).splitlines()
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-    assert lines[0] == "Not ended, left out: HalfCheetah-v4__ppo__3 (0.50M steps)."
-    # Hopper: 2000 and 3000, error sqrt(500000 / 2); HalfCheetah: 4629.2 and 9258.4; 1157.3 and 3471.9
+    assert lines[0] == (
+        "Not ended, left out (--partial counts them): HalfCheetah-v4__ppo__3 (0.50M steps)."
+    )
+    # Hopper: 2000 and 3000, error sqrt(500000 / 2)
+    # HalfCheetah: 4629.2 and 9258.4; 1157.3 and 3471.9
     assert "| rat | 2500 ± 500 (2) | 6944 ± 2315 (2) |" in lines
     assert "| ppo | 1167 (1) | 2315 ± 1157 (2) |" in lines
     assert "| paper's RAT, 10M | 2335 ± 525 | 4629 ± 287 |" in lines
-    # over 2334.6 and 4629.2: 0.857, 1, 2 and 0.5, 0.25, 0.75; seed 2 of Hopper is rat's alone and does not count
+    # over 2334.6 and 4629.2: 0.857, 1, 2 and 0.5, 0.25, 0.75; seed 2 of Hopper is rat's alone
     assert "| rat | 1.286 | 3 |" in lines and "| ppo | 0.500 | 3 |" in lines
-    assert lines[-1].endswith("the seeds that every method has: Hopper-v4 (seeds 1), HalfCheetah-v4 (seeds 1, 2).")
-    lines = show(capsys, *CURVES.glob("HalfCheetah*")).splitlines()  # resamples of two seeds: 1, 1.5, 2
-    assert "| rat | 1.500 [1.000, 2.000] | 2 |" in lines and "| ppo | 0.500 [0.250, 0.750] | 2 |" in lines
-
-
-def test_the_lowest_panel_of_each_column_has_a_label(tmp_path):
-    columns = {"global_step": np.array([0.0, 10, 20]), "episodic_return": np.array([1.0, 2, 3])}
-    groups = {f"T{i}-v0": {"rat": [plot.Run("", f"T{i}-v0", "rat", "1", columns, 20, 20)]} for i in range(5)}
-    plot.picture_of_curves(tmp_path / "five.png", groups, plot.styles(["rat"]), "global_step", 1e6)
-    assert [bool(axis.get_xlabel()) for axis in plot.plt.gcf().axes] == [False, False, True, True, True, False]
-    plot.plt.close()
-
-
-@pytest.mark.parametrize("width", [4.2, 8.4, 10])
-def test_the_legend_of_all_methods_lies_inside_the_picture(width):
-    figure, _ = plot.plt.subplots(figsize=(width, 3.2), layout="constrained")
-    plot.legend(figure, plot.styles([*plot.METHODS, "release_separate"]))
-    figure.draw_without_rendering()
-    drawn, whole = figure.legends[0].get_window_extent(), figure.bbox
-    plot.plt.close(figure)
-    assert whole.x0 <= drawn.x0 and drawn.x1 <= whole.x1 and whole.y0 <= drawn.y0
+    counted = "the seeds that every method has: Hopper-v4 (seeds 1), HalfCheetah-v4 (seeds 1, 2)."
+    assert lines[-1] == f"Reference: paper's RAT, 10M. Counted, {counted}"
+    lines = show(capsys, *CURVES.glob("HalfCheetah*")).splitlines()
+    assert "| rat | 1.500 [1.000, 2.000] | 2 |" in lines  # resamples of two seeds: 1, 1.5, 2
+    assert "| ppo | 0.500 [0.250, 0.750] | 2 |" in lines
 
 
 def test_plot_compares_partial_runs_where_the_shortest_stands(capsys):
@@ -302,48 +412,207 @@ def test_plot_compares_partial_runs_where_the_shortest_stands(capsys):
     assert "| ppo | 1167 (1167) | 600 ± 208 (500, 1000, 300) at 0.50M |" in lines
 
 
-def test_plot_reads_run_folders_and_thins_them(tmp_path, capsys):
-    header, row = "global_step,episodic_return,kl,advantage_rms,kernel_trace,sps", "{step},{value},0.123456789,2,3,1\n"
+def test_no_return_is_made_up_where_a_seed_had_none_yet(tmp_path, capsys):
+    """Seed 2 has its first return after the last row of seed 1."""
+    steps = range(10, 101, 10)
+    first = write_run(tmp_path / "Task-v0__a__1", steps[:5], range(5), 100)
+    late = [math.nan] * 7 + [70, 80, 90]
+    second = write_run(tmp_path / "Task-v0__a__2", steps, late, 100)
+    other = write_run(tmp_path / "Task-v0__b__1", steps, range(10), 100)
+    out = show(capsys, "--partial", "--out", tmp_path / "x.png", first, second, other)
+    assert "Not compared, a seed ends before another's first return: Task-v0 a.\n" in out
+    assert "| a | - |" in out and "| b | 9.0 (1) |" in out
+    assert plot.align([plot.read_run(first), plot.read_run(second)], "global_step") is None
+
+
+def test_seeds_are_compared_from_where_all_have_a_return():
+    late = one_run(returns=(math.nan, 4, 6))
+    grid, returns = plot.align([one_run(), late], "global_step")
+    assert (grid[0], grid[-1]) == (10, 20)
+    assert np.allclose(returns[:, [0, -1]], [[2, 3], [4, 6]])
+
+
+@pytest.mark.parametrize("folder", ["runs", "runs/*"])
+def test_plot_takes_a_folder_of_runs(folder, tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / f"Task-v0__a__{seed}", [10, 20], [1, 3], 20)
+    (tmp_path / "runs" / "log").mkdir()  # benchmark.sh's
+    (tmp_path / "runs" / "log" / "Task-v0__a__1.log").write_text("finished\n")
+    (tmp_path / "runs" / "Task-v0__b__1").mkdir()  # not begun
+    paths = tmp_path.glob(folder)
+    assert "| a | 3.0 ± 0.0 (2) |" in show(capsys, *paths)
+
+
+def test_plot_takes_a_folder_of_csv_files(tmp_path, capsys):
+    for path in CURVES.glob("Hopper*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "README.md").write_text("what these are")
+    (tmp_path / "evaluation.csv").write_text("run,return\n")
+    assert "| rat | 2500 ± 500 (2) |" in show(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "steps, counted",
+    [
+        ([10, 20, 30], {10: 0, 20: 1, 30: 2}),
+        ([10, 20, 20, 30], {10: 0, 20: 2, 30: 3}),
+        ([10, 20, 30, 20, 30, 40], {10: 0, 20: 3, 30: 4, 40: 5}),
+        ([10, 20, 30, 15, 25, 35], {10: 0, 15: 3, 25: 4, 35: 5}),
+    ],
+)
+def test_the_last_row_of_a_step_counts(steps, counted, tmp_path):
+    folder = write_run(tmp_path / "Task-v0__a__1", steps, range(len(steps)), max(steps))
+    run = plot.read_run(folder)
+    columns = run.columns
+    assert dict(zip(columns["global_step"], columns["episodic_return"], strict=True)) == counted
+    assert run.step == max(steps)
+
+
+@pytest.mark.parametrize("column", ["kernel_trace", "score_norm_sq"])
+def test_plot_thins_run_folders(column, tmp_path, capsys):
+    folders = []
     for seed, last in ((1, 5000), (2, 4000)):
+        steps = range(10, last + 1, 10)
+        returns = [step / 4 if step >= 30 else math.nan for step in steps]
         folder = tmp_path / f"Task-v0__a__{seed}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"num_envs": 2, "num_steps": 5, "total_timesteps": 5009}))
-        rows = [row.format(step=s, value="nan" if s < 30 else s / 4) for s in range(10, last + 1, 10)]
-        (folder / "progress.csv").write_text(f"{header}\n{''.join(rows)}6000,1")  # torn by a crash
-    folders = sorted(tmp_path.glob("Task*"))
+        folders.append(write_run(folder, steps, returns, 5009, column))
+        with open(folder / "progress.csv", "a") as file:
+            file.write("6000,1")  # torn by a crash
     thin = tmp_path / "thin"
-    assert "left out: Task-v0__a__2 (0.00M steps)" in show(capsys, "--thin", thin, *folders)
+    assert "Task-v0__a__2 (0.00M steps)" in show(capsys, "--thin", thin, *folders)
     (path,) = thin.iterdir()
     rows = path.read_text().splitlines()
-    assert (len(rows), rows[0], rows[-1]) == (
-        201,
-        "global_step,episodic_return,kl,advantage_rms,kernel_trace",
-        "5000,1250,0.123457,2,3",
-    )
+    assert len(rows) == 201
+    assert rows[0] == "global_step,episodic_return,score_norm_sq"
+    assert rows[-1] == "5000,1250,0.123457"
     assert "| a | 1250 (1) |" in show(capsys, path)
     assert "| a | 1000 ± 0 (2) at 0.00M |" in show(capsys, "--partial", *folders)
 
 
 def test_plot_intervals():
-    returns = np.array([[0.0, 5.0], [1.0, 5.0]])  # [seeds, points]: a quarter of the resamples has either seed twice
+    returns = np.array([[0.0, 5.0], [1.0, 5.0]])  # [seeds, points]
+    # a quarter of the resamples has either seed twice
     assert np.allclose(plot.interval([returns], plot.mean), [[0, 5], [1, 5]])
     assert plot.interval([returns[:1]], plot.mean) is None
-    assert np.allclose(plot.interval([np.array([0.0, 1.0]), np.array([3.0, 3.0])], plot.mean), [1.5, 2])
+    tasks = [np.array([0.0, 1.0]), np.array([3.0, 3.0])]
+    assert np.allclose(plot.interval(tasks, plot.mean), [1.5, 2])
 
 
-def test_the_tables_of_returns_are_those_of_the_committed_runs(capsys):
-    """What plot.py prints of benchmark/results stands in the README, evaluation.csv in the results' own."""
-    results, readme = ROOT / "benchmark" / "results", (ROOT / "README.md").read_text()
-    for folder, options in (("paper", []), ("kaczmarz", ["--every-seed"])):
-        table, *_ = show(capsys, *options, *(results / folder).glob("*.csv")).split("\n| paper's RAT")
-        assert table in readme
-    assert f"These are the {len(list((results / 'paper').iterdir()))} runs of" in readme
-    head, *table = re.findall(r"^\|.*\|$", (results / "README.md").read_text(), re.M)[: 2 + len(METHODS)]
-    with open(results / "evaluation.csv", newline="") as file:
+def test_the_lowest_panel_of_each_column_has_a_label(monkeypatch):
+    groups = {f"T{i}-v0": {"rat": [one_run(env_id=f"T{i}-v0")]} for i in range(5)}
+    axes = drawn_panels(
+        monkeypatch, lambda: plot.picture_of_curves(Path("x.png"), "global_step", groups, [])
+    )
+    assert [bool(axis.get_xlabel()) for axis in axes] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("width", [4.2, 8.4, 10])
+def test_the_legend_of_all_methods_lies_inside_the_picture(width):
+    figure, _ = plot.plt.subplots(figsize=(width, 3.2), layout="constrained")
+    looks = plot.choose_looks([*METHODS, "release_separate"])
+    plot.legend(figure, plot.legend_styles(looks))
+    figure.draw_without_rendering()
+    drawn = figure.legends[0].get_window_extent()
+    whole = figure.bbox
+    plot.plt.close(figure)
+    assert whole.x0 <= drawn.x0 and drawn.x1 <= whole.x1 and whole.y0 <= drawn.y0
+
+
+def test_a_method_has_one_colour_in_every_picture():
+    assert list(plot.LOOKS)[: len(METHODS)] == list(METHODS)
+    together = plot.choose_looks([*plot.LOOKS, "mine"])
+    for method, look in plot.LOOKS.items():
+        assert plot.choose_looks(["mine", method])[method] == together[method] == look
+    assert together["paper"][1:] == together["rat"][1:]
+    assert together["release_separate"].color == together["release"].color
+    own = [*METHODS, "off", "release", "mine"]
+    assert len({together[method].color for method in own}) == len(own)
+
+
+def test_unknown_methods_have_looks_of_their_own():
+    looks = plot.choose_looks([f"mine{i}" for i in range(16)])
+    assert len({look[1:3] for look in looks.values()}) == 16
+    known = {look.color for look in plot.LOOKS.values()}
+    assert not known & {look.color for look in looks.values()}
+    with pytest.raises(SystemExit):
+        plot.choose_looks([f"mine{i}" for i in range(17)])
+
+
+def test_published_values_are_lines_in_the_panels_of_their_tasks(monkeypatch, capsys):
+    arguments = ["--lines", "RAT", "PPO", "--out", "x.png", *CURVES.glob("*__rat__*")]
+    axes = drawn_panels(monkeypatch, lambda: show(capsys, *arguments))
+    values = []
+    for axis in axes[:2]:
+        flat = [line for line in axis.lines if len(set(line.get_ydata())) == 1]
+        values.append({line.get_color(): line.get_ydata()[0] for line in flat})
+    rat, ppo = plot.LOOKS["rat"].color, plot.LOOKS["ppo"].color
+    assert values == [{rat: 2334.6, ppo: 2346.8}, {rat: 4629.2, ppo: 4146.0}]
+
+
+def test_interquartile_means_fill_the_empty_panels(monkeypatch, tmp_path, capsys):
+    tasks = ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Swimmer-v4", "Ant-v5"]
+    for task in tasks:
+        write_run(tmp_path / f"{task}__rat__1", [10, 20], [1, 2334.6], 20)
+    for names, panels in ((tasks, 6), (tasks[:3], 3)):
+        paths = [tmp_path / f"{name}__rat__1" for name in names]
+        axes = drawn_panels(monkeypatch, lambda p=paths: show(capsys, "--out", "x.png", *p))
+        assert len(axes) == panels
+    axes = drawn_panels(monkeypatch, lambda: show(capsys, "--out", "x.png", tmp_path))
+    # 2334.6 over 271.6, 2334.6, 4629.2, 3156.0 and 2926.6: the middle three of five
+    middle = np.mean(np.divide(2334.6, [2334.6, 3156.0, 2926.6]))
+    assert np.allclose(axes[-1].lines[0].get_xdata(), middle)
+    assert axes[-1].get_xlabel().endswith("final return / paper's RAT, 10M")
+    write_run(tmp_path / "Unknown-v0__rat__1", [10, 20], [1, 2], 20)  # no reference: no mean of all
+    (tmp_path / "Ant-v5__rat__1" / "progress.csv").unlink()
+    axes = drawn_panels(monkeypatch, lambda: show(capsys, "--out", "x.png", tmp_path))
+    assert len(axes) == 5
+
+
+def test_titles_are_those_given(monkeypatch, capsys):
+    paths = list(CURVES.glob("*__rat__*"))
+    arguments = ["--titles", "ahead", "level", "--out", "x.png", *paths]
+    axes = drawn_panels(monkeypatch, lambda: show(capsys, *arguments))
+    assert [axis.get_title() for axis in axes] == ["ahead", "level"]
+    sentence = refusal(capsys, "--titles", "ahead", "--out", "x.png", *paths)
+    assert "--titles are 1, the panels 2: Hopper-v4, HalfCheetah-v4" in sentence
+
+
+def test_update_speed_is_drawn_and_is_that_of_the_docs(monkeypatch, capsys):
+    file = RESULTS / "update_speed.csv"
+    axes = drawn_panels(monkeypatch, lambda: show(capsys, "--speed", "x.png", file))
+    heads = re.findall(r"^\| one update: ms.*?\| (.*) \|$", texts(), re.MULTILINE)
+    assert [axis.get_title() for axis in axes] == heads[0].split(" | ")
+    lines = texts().replace("`", "").splitlines()
+    rows = plot.read_rows(file, {"method", "update", "megabytes"}, "")
+    for i, update in enumerate(dict.fromkeys(row["update"] for row in rows)):
+        cells = [row for row in rows if row["update"] == update]
+        drawn = [axis.patches[i] for axis in axes]
+        assert [bar.get_width() for bar in drawn] == [float(r["milliseconds"]) for r in cells]
+        table = [f"{row['milliseconds']} ({row['megabytes']})" for row in cells]
+        assert f"| {update} | {' | '.join(table)} |" in lines
+
+
+@pytest.mark.parametrize("folder, options", [("paper", []), ("kaczmarz", ["--every-seed"])])
+def test_the_tables_of_returns_are_those_of_the_committed_runs(folder, options, capsys):
+    out = show(capsys, *options, RESULTS / folder)
+    table = out.split("\n| paper's RAT")[0]
+    assert table in texts()
+    if folder == "paper":
+        assert f"These are the {len(list((RESULTS / folder).iterdir()))} runs of" in texts()
+        for middle in re.findall(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", out):
+            assert middle in texts()
+
+
+def test_the_table_without_noise_is_that_of_the_evaluations():
+    table = re.search(r"^\| return without noise.*\n\|.*\n((?:\|.*\n)+)", texts(), re.MULTILINE)
+    envs = table[0].splitlines()[0][2:-2].split(" | ")[1:]
+    with open(RESULTS / "evaluation.csv", newline="") as file:
         returns = {row["run"]: float(row["return_mean"]) for row in csv.DictReader(file)}
-    for method, line in zip(METHODS, table[1:], strict=True):
-        runs = [[f"{env}__{method}__{seed}" for seed in (1, 2, 3)] for env in head[2:-2].split(" | ")[1:]]
-        cells = [", ".join(f"{returns[run]:.0f}" for run in row if run in returns) or "-" for row in runs]
+    for method, line in zip(METHODS, table[1].splitlines(), strict=True):
+        cells = []
+        for env in envs:
+            runs = [f"{env}__{method}__{seed}" for seed in (1, 2, 3)]
+            cells.append(", ".join(f"{returns[run]:.0f}" for run in runs if run in returns) or "-")
         assert line == f"| {method} | {' | '.join(cells)} |"
 
 
@@ -351,22 +620,40 @@ def test_the_tables_of_returns_are_those_of_the_committed_runs(capsys):
     "arguments, message",
     [
         (["README.md"], "README.md is not named ENVIRONMENT__METHOD__SEED"),
-        (["nope/A-v0__a__1"], "cannot be read"),
+        (["nope/A-v0__a__1"], "nope/A-v0__a__1 does not exist"),
+        (["runs/nope*"], "runs/nope* does not exist: name run folders, CSV files or a folder"),
         ([CURVES / "Hopper-v4__rat__1.csv"] * 2, "are the same seed"),
         (["--out", "x.nonsense", CURVES / "Hopper-v4__rat__1.csv"], "--out x.nonsense"),
-        (["--out", "/nope/x.png", CURVES / "Hopper-v4__rat__1.csv"], "/nope/x.png cannot be written"),
-        (["--reference", ROOT / "README.md", "--", CURVES / "Hopper-v4__rat__1.csv"], "its columns must be"),
+        (["--out", "/nope/x.png", CURVES / "Hopper-v4__rat__1.csv"], "/nope/x.png cannot be"),
+        (["--reference", ROOT / "README.md", "--", CURVES], "its columns must be"),
+        (["--lines", "nonsense", "--", CURVES], "--lines nonsense is in no published row"),
+        (["--speed", "x.png", CURVES / "Hopper-v4__rat__1.csv"], "its columns must be"),
+        (["--speed", "x.png", "a.csv", "b.csv"], "--speed takes one CSV file"),
         ([], "there is no run"),
+        ([ROOT / "tests" / "toys"], "there is no run"),
     ],
 )
-def test_plot_refuses_with_one_sentence(arguments, message, capsys):
-    with pytest.raises(SystemExit) as error:
-        show(capsys, *arguments)
-    errors = capsys.readouterr().err
-    assert error.value.code == 2 and message in errors and errors.count("\n") == 1
+def test_plot_refuses_with_one_sentence(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert message in refusal(capsys, *arguments)
 
 
-# rat_gaussian.py
+def test_plot_hints_at_partial_where_no_run_has_ended(tmp_path, capsys):
+    write_run(tmp_path / "Task-v0__a__1", [10, 20], [1, 2], 30)
+    assert "no run has ended, --partial shows them" in refusal(capsys, tmp_path)
+    assert "| a | 2.0 (1) |" in show(capsys, "--partial", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["global_step,x\n1,2\n", "global_step,episodic_return\n1,a\n"])
+def test_a_file_that_is_no_run_is_named(text, tmp_path, capsys):
+    path = tmp_path / "Task-v0__a__1.csv"
+    path.write_text(text)
+    assert f"{path} cannot be read" in refusal(capsys, path)
+
+
+# ---- rat_gaussian.py -------------------------------------------------------------------------
+
+
 def test_gaussian_closed_forms():
     """Gradient of J and inverse Hessian of the KL divergence, by automatic differentiation."""
     args = rat_gaussian.Args(optimum=0.7, entropy=0.4)
@@ -374,16 +661,19 @@ def test_gaussian_closed_forms():
 
     def objective(theta):
         mu, log_sigma = theta
-        return -((mu - args.optimum) ** 2 + (2 * log_sigma).exp()) / 2 + args.entropy * log_sigma
+        reward = -((mu - args.optimum) ** 2 + (2 * log_sigma).exp()) / 2
+        return reward + args.entropy * log_sigma
 
     def divergence(other):
-        return kl_divergence(Normal(theta[0], theta[1].exp()), Normal(other[0], other[1].exp()))
+        policy = Normal(theta[0], theta[1].exp())
+        return kl_divergence(policy, Normal(other[0], other[1].exp()))
 
     gradient = torch.autograd.functional.jacobian(objective, theta)
     fisher = torch.autograd.functional.hessian(divergence, theta)
     mu, sigma = theta[0], theta[1].exp()
     assert torch.allclose(rat_gaussian.vanilla_gradient(args, mu, sigma), gradient)
-    assert torch.allclose(rat_gaussian.exact_natural_gradient(args, mu, sigma), torch.linalg.solve(fisher, gradient))
+    natural = rat_gaussian.exact_natural_gradient(args, mu, sigma)
+    assert torch.allclose(natural, torch.linalg.solve(fisher, gradient))
     torch.manual_seed(0)
     args.samples = 400_000
     scores, y = rat_gaussian.sampled_scores(args, mu, sigma)
@@ -391,27 +681,46 @@ def test_gaussian_closed_forms():
     assert torch.allclose(scores.T @ scores / len(y), fisher, atol=0.02)
 
 
-def test_gaussian_similarities():
-    def similarities(to, **options):
-        _, gradients = rat_gaussian.fields(rat_gaussian.Args(points=4, samples=128, **options))
-        return {name: cosine_similarity(gradient, gradients[to]) for name, gradient in gradients.items()}
+def similarities(to, **options):
+    """Cosine of each field to one of them, point by point."""
+    _, gradients = rat_gaussian.fields(rat_gaussian.Args(points=4, samples=128, **options))
+    return {name: cosine_similarity(g, gradients[to]) for name, g in gradients.items()}
 
+
+def test_gaussian_similarities():
     assert similarities("empirical natural")["RAT"].min() >= 0.99
-    # quadratic returns without noise are linear in the scores: a sample determines the exact natural gradient
+    # quadratic returns without noise are linear in the scores: a sample determines the gradient
     assert similarities("exact natural", noise=0.0, damping=1e-6)["RAT"].min() > 0.999
-    assert similarities("exact natural")["RAT"].mean() > similarities("exact natural")["vanilla"].mean() + 0.05
+    exact = similarities("exact natural")
+    assert exact["RAT"].mean() > exact["vanilla"].mean() + 0.05
     assert similarities("vanilla", noise=0.0, damping=1e4)["RAT"].mean() > 0.95
 
 
 def test_gaussian_prints_and_draws(tmp_path, capsys):
     rat_gaussian.main(rat_gaussian.Args(points=4, samples=64, out=tmp_path / "g.png"))
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| vanilla", "| exact natural", "| empirical natural", "| RAT"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    rows = [line.split(" | ") for line in lines]
+    names = ["| vanilla", "| exact natural", "| empirical natural", "| RAT"]
+    assert [row[0] for row in rows] == names
     assert [row[3] for row in rows][2:] == ["1.0000", "1.0000"]
     assert (tmp_path / "g.png").stat().st_size > 10_000
-    broken = [("damping", 0.0), ("points", 3), ("entropy", math.nan), ("optimum", math.nan), ("samples", 1)]
-    broken += [("seed", 2**64), ("out", tmp_path / "no" / "g.png"), ("out", tmp_path / "g.nonsense")]
-    for bad in ({name: value} for name, value in broken):
-        with pytest.raises(SystemExit) as error:
-            rat_gaussian.main(rat_gaussian.Args(**bad))
-        assert error.value.code == 2 and f"--{next(iter(bad))} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("damping", 0.0),
+        ("points", 3),
+        ("entropy", math.nan),
+        ("optimum", math.nan),
+        ("samples", 1),
+        ("seed", 2**64),
+        ("out", Path("/nope/g.png")),
+        ("out", Path("g.nonsense")),
+    ],
+)
+def test_gaussian_refuses_with_one_sentence(option, value, capsys):
+    with pytest.raises(SystemExit) as error:
+        rat_gaussian.main(rat_gaussian.Args(**{option: value}))
+    assert error.value.code == 2
+    assert f"--{option} " in capsys.readouterr().err
