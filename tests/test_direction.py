@@ -72,7 +72,7 @@ def test_release_is_its_direct_form_over_three_blocks():
         residual = y.double() + (scores @ mine if seed else 0.0)  # plus: the published code's sign
         increment = scores.T @ sigma @ torch.linalg.solve(system, residual)
         mine = increment * min(1, args.max_grad_norm / (increment.norm().item() + 1e-6))
-        applied, norm, memory = rat.kaczmarz_step(args, actor, (obs, actions, y, weights), memory)
+        applied, norm, memory = rat.kaczmarz_direction(args, actor, (obs, actions, y, weights), memory)
         assert relative(flat(applied), mine) < 1e-4
         assert relative(norm, increment.norm()) < 1e-4
         assert all(torch.equal(a, m) for a, m in zip(applied, memory, strict=True))
@@ -82,12 +82,12 @@ def test_paper_remembers_the_unclipped_iterate_and_off_nothing():
     actor, *block = problem(4, 2, 16, 120)
     paper, off = rat.Args(kaczmarz="paper", max_grad_norm=0.05), rat.Args(kaczmarz="off", max_grad_norm=0.05)
     first = rat.rat_direction(actor, *block, paper.damping)
-    applied, norm, memory = rat.kaczmarz_step(paper, actor, block, None)
+    applied, norm, memory = rat.kaczmarz_direction(paper, actor, block, None)
     assert relative(flat(memory), flat(first).double()) < 1e-6
     assert norm > 0.05 and flat(applied).norm().item() == pytest.approx(0.05, rel=1e-4)
-    _, _, second = rat.kaczmarz_step(paper, actor, block, memory)
+    _, _, second = rat.kaczmarz_direction(paper, actor, block, memory)
     assert relative(flat(second), flat(rat.rat_direction(actor, *block, paper.damping, first)).double()) < 1e-6
-    applied, _, memory = rat.kaczmarz_step(off, actor, block, None)
+    applied, _, memory = rat.kaczmarz_direction(off, actor, block, None)
     assert memory is None and relative(flat(applied), flat(first).double() * 0.05 / flat(first).norm()) < 1e-4
 
 

@@ -1,0 +1,90 @@
+"""Copy functions and classes of one script into all scripts that have one of the same name.
+
+Run: python tests/sync_copies.py gae rat_continuous.py    one name, or several
+     python tests/sync_copies.py rat_continuous.py        all its names
+
+The scripts never import each other: what they share is repeated word for word, and
+tests/test_house.py holds that. A script's own versions, listed here, are left alone.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"enjoy", "rat_gaussian"}  # these do not train
+SCRIPTS = sorted({path.stem for path in ROOT.glob("*.py")} - PROGRAMS)
+OWN = {"Args", "main", "ALGORITHM"}  # of every script
+# Names whose source is one script's own, and why.
+DIFFERS = {
+    "acktr": {},
+    "npg_cg": {},
+    "npg_rank1": {},
+    "rat_continuous": {},
+    "rat_procgen": {},
+    "rat_shared": {},
+    "sophia_ppo": {},
+}
+
+
+def spans(source):
+    """Top-level functions, classes and assigned names: name to (first line, last line), from 1."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = (first, node.end_lineno)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = (node.lineno, node.end_lineno)
+    return found
+
+
+def definitions(script):
+    """The same names with their source text."""
+    source = (ROOT / f"{script}.py").read_text()
+    lines = source.splitlines()
+    return {name: "\n".join(lines[a - 1 : b]) for name, (a, b) in spans(source).items()}
+
+
+def is_copy(name, script):
+    """Whether a script's definition must be that of the other scripts."""
+    return name not in OWN and name not in DIFFERS[script]
+
+
+def sync(name, script):
+    """Write the script's definition of name into the others; the scripts that changed."""
+    text = definitions(script)[name]
+    changed = []
+    for other in SCRIPTS:
+        path = ROOT / f"{other}.py"
+        source = path.read_text()
+        span = spans(source).get(name)
+        if span is None or not is_copy(name, other):
+            continue
+        lines = source.splitlines()
+        lines[span[0] - 1 : span[1]] = text.splitlines()
+        new = "\n".join(lines) + "\n"
+        if new != source:
+            path.write_text(new)
+            changed.append(other)
+    return changed
+
+
+def main(arguments):
+    """Copy the names given, or all, of the script given last."""
+    script = Path(arguments[-1] if arguments else "").stem
+    if script not in SCRIPTS:
+        raise SystemExit("usage: python tests/sync_copies.py [NAME ...] SCRIPT.py")
+    here = definitions(script)
+    for name in arguments[:-1] or here:
+        if name not in here or not is_copy(name, script):
+            if arguments[:-1]:
+                raise SystemExit(f"{name} is no shared name of {script}.py")
+            continue
+        changed = sync(name, script)
+        if changed:
+            print(f"{name}: {', '.join(changed)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
