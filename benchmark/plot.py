@@ -53,6 +53,11 @@ LOOKS = {  # one colour a method in every picture; tables and legends are in thi
     "release": Look("release", "#808000", ":", "h"),
     "release_separate": Look("RAT, authors' code", "#808000", ":", "h"),
     "release_shared": Look("RAT shared, authors' code", "#808000", "-.", "H"),
+    "rat_continuous": Look("RAT", "#000000", "-", "o"),  # the scripts' names, in default run names
+    "rat_procgen": Look("RAT", "#000000", "-", "o"),
+    "npg_cg": Look("NPG", "#0072b2", "-", "^"),
+    "npg_rank1": Look("rank-1", "#009e73", ":", "D"),
+    "sophia_ppo": Look("PPO", "#e69f00", "-", "*"),
 }
 SPARE_COLORS = ["#17becf", "#e377c2", "#393b79", "#637939"]  # of methods that LOOKS does not name
 SPARE_DASHES = ["-", "--", ":", "-."]
@@ -189,15 +194,19 @@ def read_columns(file: Path) -> dict[str, np.ndarray]:
     return {name: column[last] for name, column in columns.items()}
 
 
-def read_rows(file: Path, names: set[str], what: str) -> list[dict[str, str]]:
+def read_rows(file: Path, texts: list[str], numbers: list[str]) -> list[dict]:
     """Rows of a CSV file with comments, which must have the named columns."""
     try:
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        rows = list(csv.DictReader(lines))
+        if not rows or not {*texts, *numbers} <= rows[0].keys():
+            raise ValueError("a column is missing")
+        for row in rows:
+            for name in numbers:
+                row[name] = float(row[name] or math.nan)
     except (OSError, ValueError) as error:
-        fail(f"{what} {file} cannot be read ({error!r}).")
-    rows = list(csv.DictReader(lines))
-    if not rows or not all(names <= row.keys() for row in rows):
-        fail(f"{what} {file} cannot be read, its columns must be {', '.join(sorted(names))}.")
+        names = ", ".join([*texts, *numbers])
+        fail(f"{file} cannot be read ({error}), its columns must be {names}.")
     return rows
 
 
@@ -205,8 +214,8 @@ def read_published(files: tuple[Path, ...]) -> Published:
     """Published results; tasks have no version there."""
     found = defaultdict(dict)
     for file in files:
-        for row in read_rows(file, {"env", "source", "mean", "error"}, "--reference"):
-            found[row["source"]][row["env"]] = float(row["mean"]), float(row["error"] or math.nan)
+        for row in read_rows(file, ["env", "source"], ["mean", "error"]):
+            found[row["source"]][row["env"]] = row["mean"], row["error"]
     return found
 
 
@@ -238,7 +247,8 @@ def refuse_twins(runs: list[Run]) -> None:
     for run in runs:
         key = run.env_id, run.method, run.seed
         if key in seen:
-            fail(f"{seen[key]} and {run.name} are the same seed of the same method, name one.")
+            twins = f"{seen[key]} and {run.name}"
+            fail(f"{twins} are the same seed of the same method: name one, or rename its folder.")
         seen[key] = run.name
 
 
@@ -555,10 +565,14 @@ def draw_panel(
     unit, _ = AXES[by]
     for place, (method, look) in enumerate(looks.items()):
         runs = [run for run in group[method] if by in run.columns]
-        aligned = align(runs, by) if runs else None
-        if aligned is not None:
-            x, returns = aligned
-            draw(axis, x / unit, returns.mean(0), interval([returns], mean), place, look)
+        if not runs:
+            continue
+        aligned = align(runs, by)
+        if aligned is None:
+            print(f"Not drawn, a seed ends before another's first return: {env_id} {method}.")
+            continue
+        x, returns = aligned
+        draw(axis, x / unit, returns.mean(0), interval([returns], mean), place, look)
     for line in lines:
         if task(env_id) in line.returns:
             axis.axhline(line.returns[task(env_id)][0], **line.style)
@@ -630,7 +644,7 @@ def picture_of_profiles(path: Path, scores: Scores) -> None:
 
 def picture_of_speed(path: Path, file: Path) -> None:
     """Milliseconds of one update, a panel a network, a bar a method."""
-    rows = read_rows(file, {"method", "update", "network", "milliseconds"}, "--speed")
+    rows = read_rows(file, ["method", "update", "network"], ["milliseconds"])
     networks = list(dict.fromkeys(row["network"] for row in rows))
     size = (10, 0.5 + 0.22 * len(rows) / len(networks))
     figure, axes = plt.subplots(
@@ -639,8 +653,9 @@ def picture_of_speed(path: Path, file: Path) -> None:
     for axis, network in zip(axes[0], networks, strict=True):
         here = [row for row in rows if row["network"] == network]
         names = [row["update"] for row in here]
-        times = [float(row["milliseconds"]) for row in here]
-        colors = [LOOKS[row["method"]].color for row in here]
+        times = [row["milliseconds"] for row in here]
+        looks = choose_looks([row["method"] for row in here])
+        colors = [looks[row["method"]].color for row in here]
         bars = axis.barh(names, times, color=colors)
         axis.bar_label(bars, fmt="%.0f", padding=2)
         axis.set_xscale("log")

@@ -422,6 +422,7 @@ def test_no_return_is_made_up_where_a_seed_had_none_yet(tmp_path, capsys):
     out = show(capsys, "--partial", "--out", tmp_path / "x.png", first, second, other)
     assert "Not compared, a seed ends before another's first return: Task-v0 a.\n" in out
     assert "| a | - |" in out and "| b | 9.0 (1) |" in out
+    assert "Not drawn, a seed ends before another's first return: Task-v0 a.\n" in out
     assert plot.align([plot.read_run(first), plot.read_run(second)], "global_step") is None
 
 
@@ -525,6 +526,7 @@ def test_a_method_has_one_colour_in_every_picture():
         assert plot.choose_looks(["mine", method])[method] == together[method] == look
     assert together["paper"][1:] == together["rat"][1:]
     assert together["release_separate"].color == together["release"].color
+    assert together["rat_continuous"] == together["rat"]
     own = [*METHODS, "off", "release", "mine"]
     assert len({together[method].color for method in own}) == len(own)
 
@@ -584,12 +586,12 @@ def test_update_speed_is_drawn_and_is_that_of_the_docs(monkeypatch, capsys):
     heads = re.findall(r"^\| one update: ms.*?\| (.*) \|$", texts(), re.MULTILINE)
     assert [axis.get_title() for axis in axes] == heads[0].split(" | ")
     lines = texts().replace("`", "").splitlines()
-    rows = plot.read_rows(file, {"method", "update", "megabytes"}, "")
+    rows = plot.read_rows(file, ["update"], ["milliseconds", "megabytes"])
     for i, update in enumerate(dict.fromkeys(row["update"] for row in rows)):
         cells = [row for row in rows if row["update"] == update]
         drawn = [axis.patches[i] for axis in axes]
-        assert [bar.get_width() for bar in drawn] == [float(r["milliseconds"]) for r in cells]
-        table = [f"{row['milliseconds']} ({row['megabytes']})" for row in cells]
+        assert [bar.get_width() for bar in drawn] == [row["milliseconds"] for row in cells]
+        table = [f"{row['milliseconds']:.1f} ({row['megabytes']:.0f})" for row in cells]
         assert f"| {update} | {' | '.join(table)} |" in lines
 
 
@@ -643,6 +645,15 @@ def test_plot_hints_at_partial_where_no_run_has_ended(tmp_path, capsys):
     write_run(tmp_path / "Task-v0__a__1", [10, 20], [1, 2], 30)
     assert "no run has ended, --partial shows them" in refusal(capsys, tmp_path)
     assert "| a | 2.0 (1) |" in show(capsys, "--partial", tmp_path)
+
+
+@pytest.mark.parametrize("option, method", [("--reference", "source"), ("--speed", "method")])
+def test_a_table_with_text_for_a_number_is_named(option, method, tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    path.write_text(f"env,update,network,{method},mean,error,milliseconds\nA,a,b,c,x,x,x\n")
+    arguments = {"--reference": [path, "--", CURVES], "--speed": ["x.png", path]}
+    sentence = refusal(capsys, option, *arguments[option])
+    assert f"{path} cannot be read (could not convert string to float: 'x')" in sentence
 
 
 @pytest.mark.parametrize("text", ["global_step,x\n1,2\n", "global_step,episodic_return\n1,a\n"])
