@@ -539,7 +539,11 @@ def one_sentence(args):
 
     def end(sentence, code):
         if (run_folder(args) / "checkpoint.pt").exists():
-            fail(f"{sentence}; continue with --resume --run-name {args.run_name}.", code)
+            fail(
+                f"{sentence}; continue with --resume --run-name {args.run_name} "
+                f"--output-dir {args.output_dir}.",
+                code,
+            )
         fail(f"{sentence}.")
 
     for number in (signal.SIGINT, signal.SIGTERM):
