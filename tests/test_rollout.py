@@ -1,4 +1,4 @@
-"""Rollout, advantages and running statistics against slow references."""
+"""Rollout, advantages and running statistics against slow references, and what a run hands on."""
 
 import importlib
 
@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import train
+from recording import check_block, check_critic, check_statistics, recompute, record
 
 import rat_continuous as rat
 
+RAT_SCRIPTS = [("rat_continuous", "kaczmarz_direction"), ("rat_shared", "joint_direction")]
+
 
 @pytest.mark.parametrize("kaczmarz", ["paper", "release", "off"])
-@pytest.mark.parametrize(("script", "core"), [("rat_continuous", "kaczmarz_step"), ("rat_shared", "joint_step")])
+@pytest.mark.parametrize(("script", "core"), RAT_SCRIPTS)
 def test_what_blocks_remember(script, core, kaczmarz, tmp_path, monkeypatch):
-    """paper: the block before, in each rollout from nothing; release: across rollouts too; off: nothing."""
-    original, seen = (
-        getattr(module := importlib.import_module(script), core),
-        [],
-    )  # (memory before, after) of each block
+    """paper: the block before, in each rollout from zero; release: across rollouts; off: zero."""
+    module = importlib.import_module(script)
+    original = getattr(module, core)
+    seen = []  # (previous before, after) of each block
 
     def recorded(*arguments):
         result = original(*arguments)
@@ -26,22 +28,32 @@ def test_what_blocks_remember(script, core, kaczmarz, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(module, core, recorded)
-    train(script, "--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 192,
-          "--update-epochs", 1, "--num-minibatches", 2, "--kaczmarz", kaczmarz, "--output-dir", tmp_path)  # fmt: skip
+    small = ["--num-envs", 4, "--num-steps", 16, "--total-timesteps", 192, "--num-minibatches", 2]
+    arguments = ["--env-id", "InvertedPendulum-v5", *small, "--update-epochs", 1]
+    train(script, *arguments, "--kaczmarz", kaczmarz, "--output-dir", tmp_path)
     assert len(seen) == 3 * 2
-    for block, (before, _) in enumerate(seen):
-        forgets = kaczmarz == "off" or block == 0 or (kaczmarz == "paper" and block % 2 == 0)
-        assert before is (None if forgets else seen[block - 1][1])
-        assert forgets or before is not None
+    for number, (before, _) in enumerate(seen):
+        forgets = kaczmarz == "off" or number == 0 or (kaczmarz == "paper" and number % 2 == 0)
+        if forgets:
+            assert not any(d.any() for d in before)
+        else:
+            assert before is seen[number - 1][1]
+            assert any(d.any() for d in before)
+
+
+def rollout(rewards, terminated, done):
+    """A Rollout of which gae reads only these."""
+    nothing = torch.zeros(0)
+    return rat.Rollout(nothing, nothing, rewards, terminated, done, nothing)
 
 
 def test_gae_by_hand():
-    """gamma 0.5, lambda 0.5, one environment: a termination at step 1, its reset step 2, a truncation at step 4."""
+    """gamma and lambda 0.5: terminates at step 1, resets in step 2, is truncated at step 4."""
     rewards = torch.tensor([[1.0], [2.0], [0.0], [3.0], [4.0]])
     values = torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0], [60.0]])
     terminated = torch.tensor([[0.0], [1.0], [0.0], [0.0], [0.0]])
     done = torch.tensor([[0.0], [1.0], [0.0], [0.0], [1.0]])
-    advantages = rat.gae(rewards, values, terminated, done, 0.5, 0.5).squeeze(1)
+    advantages = rat.gae(rollout(rewards, terminated, done), values, 0.5, 0.5).squeeze(1)
     # step 4, truncated:  4 + 0.5 * 60 - 50 = -16
     # step 3:             3 + 0.5 * 50 - 40 + 0.25 * -16 = -16
     # step 1, terminated: 2 - 20 = -18, nothing from step 2
@@ -49,77 +61,112 @@ def test_gae_by_hand():
     assert advantages[[0, 1, 3, 4]].tolist() == [-3.5, -18.0, -16.0, -16.0]
 
 
-def test_gae_against_each_episode_alone():
-    generator = np.random.default_rng(0)
-    steps, envs, gamma, lam = 40, 5, 0.97, 0.9
-    rewards, values = generator.normal(size=(steps, envs)), generator.normal(size=(steps + 1, envs))
-    done, terminated = np.zeros((steps, envs)), np.zeros((steps, envs))
-    expected, valid = np.full((steps, envs), np.nan), np.ones((steps, envs))
+def random_episodes(generator, steps, envs):
+    """Flags of episodes of 1 to 12 steps: terminated, done, valid [steps, envs]; their spans."""
+    terminated = np.zeros((steps, envs))
+    done = np.zeros((steps, envs))
+    valid = np.ones((steps, envs))
+    spans = []  # (environment, first step, step after the last)
     for env in range(envs):
         start = 0
         while start < steps:
-            end = min(start + int(generator.integers(1, 12)), steps)  # steps start .. end - 1 are one episode
-            finished = end < steps or generator.random() < 0.5
-            final = finished and generator.random() < 0.5
-            if finished:
-                done[end - 1, env], terminated[end - 1, env] = 1, final
-            targets = [rewards[t, env] + gamma * values[t + 1, env] - values[t, env] for t in range(start, end)]
-            if final:
-                targets[-1] -= gamma * values[end, env]
-            for t in range(start, end):
-                expected[t, env] = sum((gamma * lam) ** k * d for k, d in enumerate(targets[t - start :]))
+            end = min(start + int(generator.integers(1, 12)), steps)
+            spans.append((env, start, end))
+            if end < steps or generator.random() < 0.5:
+                done[end - 1, env] = 1
+                terminated[end - 1, env] = generator.random() < 0.5
             if end < steps:
-                valid[end, env] = 0  # the reset step
+                valid[end, env] = 0  # the step that only resets
             start = end + 1
-    tensors = (torch.tensor(x) for x in (rewards, values, terminated, done))
-    advantages = rat.gae(*tensors, gamma, lam).numpy()
-    assert (valid == 0).sum() > 10 and terminated.sum() > 3 and (done - terminated).sum() > 3
+    return terminated, done, valid, spans
+
+
+def test_gae_against_each_episode_alone(steps=40, envs=5, gamma=0.97, lam=0.9):
+    generator = np.random.default_rng(0)
+    rewards = generator.normal(size=(steps, envs))
+    values = generator.normal(size=(steps + 1, envs))
+    terminated, done, valid, spans = random_episodes(generator, steps, envs)
+    expected = np.full((steps, envs), np.nan)
+    for env, start, end in spans:
+        deltas = []
+        for t in range(start, end):
+            bootstrap = gamma * values[t + 1, env] * (1 - terminated[t, env])
+            deltas.append(rewards[t, env] + bootstrap - values[t, env])
+        for t in range(start, end):
+            later = deltas[t - start :]
+            expected[t, env] = sum((gamma * lam) ** k * d for k, d in enumerate(later))
+    flags = rollout(*map(torch.tensor, (rewards, terminated, done)))
+    advantages = rat.gae(flags, torch.tensor(values), gamma, lam).numpy()
+    assert (valid == 0).sum() > 10
+    assert terminated.sum() > 3
+    assert (done - terminated).sum() > 3
     np.testing.assert_allclose(advantages[valid > 0], expected[valid > 0], rtol=1e-12, atol=1e-12)
 
 
+def replay(env_id, seed, actions, obs, rewards, terminated, done, valid):
+    """The same steps in one environment, reset by hand; (step, return, length) of its episodes."""
+    env = gym.make(env_id)
+    needs_reset = False
+    total, length, episodes = 0.0, 0, []
+    now, _ = env.reset(seed=seed)
+    for t, action in enumerate(actions):
+        np.testing.assert_allclose(obs[t], now, rtol=1e-6)
+        assert valid[t] == (not needs_reset)
+        if needs_reset:
+            now, _ = env.reset()
+            needs_reset, total, length = False, 0.0, 0
+            assert (rewards[t], done[t]) == (0, 0)
+            continue
+        now, reward, ends, cut, _ = env.step(action)
+        assert (terminated[t], done[t]) == (ends, ends or cut)
+        assert rewards[t] == pytest.approx(reward, rel=1e-5)
+        total, length = total + reward, length + 1
+        needs_reset = ends or cut
+        if needs_reset:
+            episodes.append((t, total, length))
+    np.testing.assert_allclose(obs[-1], now, rtol=1e-6)
+    return episodes
+
+
 @pytest.mark.parametrize(("env_id", "steps"), [("InvertedPendulum-v5", 60), ("Pendulum-v1", 210)])
-def test_collector_replays_on_single_environments(env_id, steps, monkeypatch, num_envs=3):
-    """Every step of the rollout again, one environment at a time, resetting by hand: terminations and truncations."""
+def test_collect_replays_on_single_environments(env_id, steps, monkeypatch, num_envs=3):
+    """Terminations and truncations, over two rollouts, and the episodes' returns and lengths."""
     args = rat.Args(env_id=env_id, num_envs=num_envs)
-    torch.manual_seed(0)
-    envs, first = rat.make_envs(args, seed=7)
+    seeds = rat.seed_generators(args, 0)
+    envs, first = rat.make_envs(args, seeds)
     agent = rat.Agent(envs.single_observation_space, envs.single_action_space)
-    collector, taken, step = rat.Collector(envs, first), [], envs.step
+    taken, step = [], envs.step
     monkeypatch.setattr(envs, "step", lambda action: (taken.append(action), step(action))[1])
-    parts = [collector.collect(agent, n, torch.device("cpu")) for n in (steps // 2, steps - steps // 2)]
-    obs, actions, rewards, terminated, done, valid = (torch.cat([a, b]).numpy() for a, b in zip(*parts, strict=True))
-    obs = np.delete(obs, steps // 2, axis=0)  # the second half starts with the first half's last observation
+    a = rat.collect(envs, agent, torch.tensor(first), torch.zeros(num_envs), steps // 2)
+    b = rat.collect(envs, agent, a.obs[-1], a.done[-1], steps - steps // 2)
+    obs = torch.cat([a.obs[:-1], b.obs]).numpy()
+    columns = [torch.cat([getattr(r, name) for r in (a, b)]).numpy() for name in a._fields[1:]]
+    actions, rewards, terminated, done, valid = columns
     low, high = envs.single_action_space.low, envs.single_action_space.high
-    np.testing.assert_allclose(np.array(taken), low + (np.tanh(actions) + 1) / 2 * (high - low), rtol=1e-5, atol=1e-6)
+    expected = low + (np.tanh(actions) + 1) / 2 * (high - low)
+    np.testing.assert_allclose(np.array(taken), expected, rtol=1e-5, atol=1e-6)
     episodes = []
-    for i in range(num_envs):
-        env, needs_reset, total, length = gym.make(env_id), False, 0.0, 0
-        now, _ = env.reset(seed=7 + i)
-        for t in range(steps):
-            np.testing.assert_allclose(obs[t, i], now, rtol=1e-6)
-            assert valid[t, i] == (not needs_reset)
-            if needs_reset:
-                now, needs_reset, total, length = env.reset()[0], False, 0.0, 0
-                assert rewards[t, i] == 0 and done[t, i] == 0
-                continue
-            now, reward, ends, cut, _ = env.step(taken[t][i])
-            assert (terminated[t, i], done[t, i]) == (ends, ends or cut)
-            assert rewards[t, i] == pytest.approx(reward, rel=1e-5)
-            total, length, needs_reset = total + reward, length + 1, ends or cut
-            if needs_reset:
-                episodes.append((t, i, total, length))
-        np.testing.assert_allclose(obs[steps, i], now, rtol=1e-6)
+    for i, seed in enumerate(seeds):
+        flags = [x[:, i] for x in (rewards, terminated, done, valid)]
+        episodes += replay(env_id, seed, np.array(taken)[:, i], obs[:, i], *flags)
     assert len(episodes) >= num_envs
-    expected = [(total, length) for _, _, total, length in sorted(episodes)]
-    np.testing.assert_allclose(np.array(collector.finished), expected, rtol=1e-5)
+    episodes.sort(key=lambda episode: episode[0])
+    returns, lengths = zip(*(episode[1:] for episode in episodes))
+    np.testing.assert_allclose(sorted(envs.return_queue), sorted(returns), rtol=1e-5)
+    assert sorted(envs.length_queue) == sorted(lengths)
 
 
-@pytest.mark.parametrize(("env_id", "hidden"), [("Swimmer-v4", 2), ("HalfCheetah-v4", 1), ("Walker2d-v4", 1)])
+HIDDEN = [("Swimmer-v4", 2), ("HalfCheetah-v4", 1), ("Walker2d-v4", 1)]
+
+
+@pytest.mark.parametrize(("env_id", "hidden"), HIDDEN)
 def test_envpool_steps_like_gymnasium_from_the_same_state(env_id, hidden):
-    """Tasks on which EnvPool's own version of MuJoCo and the pinned one agree; observations hide the first positions,
-    on which nothing depends, and clip velocities at 10."""
+    """Tasks on which EnvPool's own version of MuJoCo and the pinned one agree.
+
+    Observations hide the first positions, on which nothing depends, and clip velocities at 10."""
     pytest.importorskip("envpool")
-    envs, obs = rat.make_envs(rat.Args(env_id=env_id, num_envs=1, vectorization="envpool"), seed=3)
+    args = rat.Args(env_id=env_id, num_envs=1, vectorization="envpool")
+    envs, obs = rat.make_envs(args, [3])
     twin = gym.make(env_id).unwrapped
     twin.reset(seed=0)
     positions, compared, generator = twin.model.nq - hidden, 0, np.random.default_rng(1)
@@ -130,7 +177,8 @@ def test_envpool_steps_like_gymnasium_from_the_same_state(env_id, hidden):
         if np.abs(velocity).max() < 10:
             twin.set_state(np.concatenate([np.zeros(hidden), position]), velocity)
             expected, expected_reward, end, _, _ = twin.step(action)
-            assert np.allclose(obs[0], expected, rtol=1e-9, atol=1e-9) and end == terminated[0]
+            np.testing.assert_allclose(obs[0], expected, rtol=1e-9, atol=1e-9)
+            assert end == terminated[0]
             assert reward[0] == pytest.approx(expected_reward, rel=1e-6, abs=1e-6)
             compared += 1
         if terminated[0] or truncated[0]:
@@ -149,34 +197,43 @@ def test_popart_keeps_its_outputs_and_averages_debiased():
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-4)
     shares = np.array([0.9 * 0.1, 0.1]) / (1 - 0.9**2)  # weights of the two batches, debiased
     mean = shares @ [first.mean().item(), second.mean().item()]
-    square = shares @ [first.double().square().mean().item(), second.double().square().mean().item()]
+    square = shares @ [batch.double().square().mean().item() for batch in (first, second)]
     assert head.mean.item() == pytest.approx(mean, rel=1e-6)
     assert head.std.item() == pytest.approx(np.sqrt(square - mean**2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returns", "mean", "std"),
+    [([4.0, 6.0, 11.0], 7.0, np.std([4, 6, 11])), ([5.0] * 100, 5.0, 1e-3)],
+)
+def test_popart_after_one_batch_has_its_moments(returns, mean, std):
     head = rat.PopArt(16)
-    head.update(first)
-    assert (head.mean.item(), head.std.item()) == pytest.approx(
-        (first.mean().item(), first.std(correction=0).item()), rel=1e-4
-    )
-    constant = rat.PopArt(16)
-    constant.update(torch.full((100,), 5.0))
-    assert constant.std.item() == pytest.approx(1e-3)
+    head.update(torch.tensor(returns))
+    assert head.mean.item() == pytest.approx(mean, rel=1e-6)
+    assert head.std.item() == pytest.approx(std, rel=1e-4)
 
 
-def test_observation_statistics_match_numpy_over_all_data():
+def test_popart_starts_kaiming_uniform():
+    """Bound sqrt(6 / 256) = 0.153, as in the published code, not PyTorch's 1 / sqrt(256)."""
+    torch.manual_seed(0)
+    largest = max(rat.PopArt(256).linear.weight.abs().max().item() for _ in range(20))
+    assert 0.152 < largest < 0.1531
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.7e9])
+def test_observation_statistics_match_numpy_over_all_data(offset):
+    """In float64, so that an offset far above the spread does not hide what varies."""
     generator = np.random.default_rng(0)
-    batches = [generator.normal(3, 20, size=(n, 4)) for n in (64, 1, 500, 37)]
+    batches = [offset + generator.normal(3, 20, size=(n, 4)) for n in (64, 1, 500, 37)]
     normalizer = rat.ObsNormalizer(4)
     for batch in batches:
         normalizer.update(torch.tensor(batch))
     data = np.concatenate(batches)
-    count = len(data) + 1  # the prior counts as one sample of mean 0 and variance 1
-    mean = data.sum(0) / count
-    var = (((data - mean) ** 2).sum(0) + mean**2 + 1) / count
-    np.testing.assert_allclose(normalizer.mean, mean, rtol=1e-12)
-    np.testing.assert_allclose(normalizer.var, var, rtol=1e-12)
-    assert normalizer.count.item() == count
-    expected = np.clip((data - mean) / np.sqrt(var + 1e-5), -5, 5)
-    np.testing.assert_allclose(normalizer(torch.tensor(data)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normalizer.mean, data.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(normalizer.var, data.var(0), rtol=1e-6)
+    assert normalizer.count.item() == len(data)
+    expected = np.clip((data - data.mean(0)) / np.sqrt(data.var(0) + 1e-5), -5, 5)
+    np.testing.assert_allclose(normalizer(torch.tensor(data)), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_actions_span_the_box():
@@ -188,3 +245,38 @@ def test_actions_span_the_box():
     mean, _ = agent.act(torch.zeros(1, 5), deterministic=True)
     assert torch.equal(mean, agent.act(torch.zeros(1, 5), deterministic=True)[0])
     assert not torch.equal(mean, agent.act(torch.zeros(1, 5))[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_actions_stay_inside_the_box(dtype):
+    """Where tanh is 1, rounding must not lead above high; actions have the space's own type."""
+    generator = np.random.default_rng(0)
+    low = generator.uniform(-9, 0, 500).astype(dtype)
+    high = generator.uniform(0.1, 9, 500).astype(dtype)
+    agent = rat.Agent(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(low, high, dtype=dtype))
+    for level in (50.0, -50.0):
+        agent.policy.mean[-1].bias.data.fill_(level)
+        _, env_action = agent.act(torch.zeros(1, 3), deterministic=True)
+        assert env_action.numpy().dtype == dtype
+        assert (env_action.numpy() <= high).all()
+        assert (env_action.numpy() >= low).all()
+
+
+def test_a_run_hands_its_core_and_critic_what_the_rollout_says(tmp_path, monkeypatch):
+    """Two iterations with many resets, recomputed in NumPy; every sample is in one block a pass."""
+    more = ["--update-epochs", 2, "--num-minibatches", 2, "--learning-rate", 0.5]
+    more += ["--max-grad-norm", 5.0, "--kaczmarz", "off"]
+    iterations = record("rat_continuous", "rat_direction", tmp_path, monkeypatch, *more)
+    expected = recompute(iterations)
+    check_statistics(iterations, expected)
+    check_critic(iterations, expected)
+    ratios = []
+    for iteration, wanted in zip(iterations, expected):
+        seen = []
+        for (obs, actions, y, ratio, damping, *_), agent in iteration.core:
+            seen += check_block(wanted, iteration.policy, obs, actions, y, ratio, agent)
+            ratios.append(ratio)
+            assert damping == 0.1
+        assert sorted(seen) == sorted(2 * list(range(len(wanted.obs))))
+    assert torch.cat(ratios).max() > 2
+    assert torch.cat(ratios).min() < 0.5
