@@ -104,6 +104,19 @@ class Expected:
         return rows
 
 
+def values_of(agent, obs):
+    """Values in units of reward: the critic at normalised obs, mean + std * its output."""
+    normalizer = agent.normalizer
+    scaled = (obs.double() - normalizer.mean) / (normalizer.var + 1e-5).sqrt()
+    scaled = scaled.clamp(-5, 5).float()
+    with torch.no_grad():
+        if hasattr(agent, "critic"):
+            output = agent.critic(scaled)
+        else:
+            output = agent.popart(agent.trunk(scaled))
+    return (agent.popart.mean + agent.popart.std * output.double()).numpy()
+
+
 def advantages_of(rollout, values):
     """Generalised advantage estimation, one environment and one step after the other."""
     rewards, terminated, done = (rollout[i].double().numpy() for i in (2, 3, 4))
@@ -126,8 +139,7 @@ def recompute(iterations):
     found = []
     for iteration in iterations:
         rollout = iteration.rollout
-        with torch.no_grad():
-            values = iteration.agent.value(rollout.obs).double().numpy()
+        values = values_of(iteration.agent, rollout.obs)
         done = rollout.done.numpy() > 0
         keep = ~np.concatenate([last_done[None], done[:-1]])
         last_done = done[-1]
