@@ -1,31 +1,34 @@
-"""Shared by all tests: the scripts under test, a runner for their command lines, the explicit score matrix."""
+"""Shared by all tests: the scripts, a runner for their command lines, the explicit score matrix."""
 
 import copy
 import csv
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-import tyro
 from torch.func import functional_call, jacrev
 
 ROOT = Path(__file__).parents[1]
 TOYS = Path(__file__).parent / "toys"
-SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1", "sophia_ppo", "acktr"]  # on InvertedPendulum-v5
+# Those that run on InvertedPendulum-v5
+SCRIPTS = ["rat_continuous", "rat_shared", "npg_cg", "npg_rank1", "sophia_ppo", "acktr"]
 QUICK = {  # for a slow script, where a test says nothing else
     "npg_cg": ["--update-epochs", 1, "--cg-iterations", 2],
     "sophia_ppo": ["--update-epochs", 2, "--num-minibatches", 4],
-    "acktr": ["--update-epochs", 1, "--num-minibatches", 1, "--inverse-interval", 50],
+    "acktr": ["--update-epochs", 1, "--num-minibatches", 1, "--inverse-update-period", 50],
 }
 sys.path[:0] = [str(ROOT), str(TOYS)]
 torch.set_num_threads(1)
 
 
 def command(script, *arguments):
-    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, [*QUICK.get(script, []), *arguments])]
+    """The command line of a script; with --resume no more than what is given."""
+    quick = [] if "--resume" in arguments else QUICK.get(script, [])
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, [*quick, *arguments])]
 
 
 def environment():
@@ -34,17 +37,30 @@ def environment():
 
 def run(script, *arguments):
     """Run a script's command line to its end; stdout and stderr as text."""
-    return subprocess.run(command(script, *arguments), env=environment(), capture_output=True, text=True, timeout=300)
+    words = command(script, *arguments)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def train(script, *arguments):
-    """The same without a new process: main(Args) of the script, from its command line."""
+    """The same without a new process."""
     module = importlib.import_module(script)
-    module.main(tyro.cli(module.Args, args=command(script, *arguments)[2:]))
+    before = sys.argv
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = command(script, *arguments)[1:]
+    try:
+        args = module.parse_args()
+        with module.one_sentence(args):
+            module.main(args)
+    finally:
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def learn(folder, script, *arguments):
-    """Mean return of the last 100 training episodes: seeds and CPUs agree on it, not on the last policy's return."""
+    """Mean return of the last 100 training episodes.
+
+    Seeds and CPUs agree on it, not on the last policy's return."""
     train(script, "--device", "cpu", *arguments, "--output-dir", folder, "--run-name", "learn")
     return float(read_csv(folder / "learn")[-1]["episodic_return"])
 
@@ -54,15 +70,25 @@ def read_csv(folder):
         return list(csv.DictReader(file))
 
 
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def score_matrix(actor, obs, actions):
-    """H [B, p] in float64 by differentiating every sample's log-likelihood, columns as in actor.parameters()."""
+    """H [B, p] in float64 by differentiating every sample's log-likelihood.
+
+    Columns are as in actor.parameters()."""
     actor = copy.deepcopy(actor).double()
     named = {name: p.detach() for name, p in actor.named_parameters()}
-    rows = jacrev(lambda named: functional_call(actor, named, obs.double()).log_prob(actions.double()))(named)
+
+    def log_prob(named):
+        return functional_call(actor, named, obs.double()).log_prob(actions.double())
+
+    rows = jacrev(log_prob)(named)
     return torch.cat([rows[name].flatten(1) for name in named], 1)
 
 
