@@ -21,9 +21,24 @@ DIFFERS = {
     "npg_cg": {},
     "npg_rank1": {},
     "rat_continuous": {},
-    "rat_procgen": {},
+    "rat_procgen": {
+        "Actor": "IMPALA's network and discrete actions",
+        "Agent": "as Actor, and its observations are not normalised",
+        "Rollout": "images; no step only resets",
+        "collect": "as Rollout",
+        "Samples": "images, not normalised",
+        "gather_samples": "as Rollout and Samples",
+        "tape_scores": "a chunk of samples at a time, of convolutions too",
+        "check_tape": "takes convolutions",
+        "solve": "float64 copies one layer at a time: those of convolutions are large",
+        "rat_direction": "the tape has a limit on its memory",
+        "kaczmarz_direction": "as rat_direction, and has one rule",
+    },
     "rat_shared": {},
-    "sophia_ppo": {},
+    "sophia_ppo": {
+        "Actor": "with --shared it has a value head on its trunk",
+        "Agent": "with --shared its critic is on the actor's trunk",
+    },
 }
 
 
