@@ -102,7 +102,7 @@ def make_envs(args, seeds):
             seeds = None  # EnvPool takes them only there
         else:
             mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-            envs = gym.make_vec(args.env_id, args.num_envs, vector_kwargs=mode)
+            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
     except Exception as error:  # whatever an import or a constructor raises
         fail(
             f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "

@@ -1,9 +1,11 @@
-"""Whole runs from the command line: learning, determinism, checkpoints, bad input. Parametrised by script."""
+"""Whole runs from the command line: learning, checkpoints, bad input. Parametrised by script."""
 
+import errno
 import importlib
 import itertools
 import json
-import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,33 +16,40 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, command, environment, learn, read_csv, run, same, train
+from conftest import SCRIPTS, checkpoint, command, environment, learn, read_csv, run, same, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-pytestmark = pytest.mark.parametrize("script", SCRIPTS)
-SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]  # 64-step iterations
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
+SMALL += ["--critic-minibatches", 4]  # 64-step iterations
 LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "npg_rank1": ["--total-timesteps", 45_000],
     "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3],
-    "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4, "--inverse-interval", 10],
+    "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4],
 }
-SETTINGS = {  # the settings that no other test has
-    "rat_continuous": [["--kaczmarz", "release"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
-    "rat_shared": [["--kaczmarz", "paper"], ["--kaczmarz", "off", "--jacobian", "vmap"]],
-    "sophia_ppo": [
-        ["--shared", "--clip-vloss", "--anneal-lr", "--target-kl", 0.01],
-        ["--optimizer", "diag", "--shared"],
-    ],
-    "acktr": [["--shared", "--ekfac", "--inverse-interval", 3], ["--learning-rate", 0.1, "--kl-clip", 0.01]],
-}
-TAKES_DISCRETE = {"rat_shared"}
+LEARNS["acktr"] += ["--inverse-update-period", 10]
+SETTINGS = [  # that no other test has
+    ("rat_continuous", ["--kaczmarz", "off", "--jacobian", "vmap"]),
+    ("rat_shared", ["--kaczmarz", "paper"]),
+    ("sophia_ppo", ["--shared"]),
+    ("sophia_ppo", ["--optimizer", "diag", "--shared"]),
+    ("acktr", ["--shared", "--ekfac", "--inverse-update-period", 3]),
+    ("acktr", ["--learning-rate", 0.1, "--kl-clip", 0.01]),
+]
+
+
+def small(script):
+    """SMALL without the options that a script does not have."""
+    return SMALL[:-2] if script == "rat_shared" else SMALL
 
 
 def steps_in_events(folder):
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [point.step for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = events.Tags()["scalars"]
+    return {tag: [point.step for point in events.Scalars(tag)] for tag in tags}
 
 
 def wait_for(condition, seconds=60):
@@ -50,304 +59,489 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
+def start(script, *arguments, program=None):
+    """The script in a process of its own."""
+    words = program or command(script, *arguments)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, env=environment(), **pipes)
+
+
+def rows_of(folder):
+    return len(read_csv(folder)) if (folder / "progress.csv").exists() else 0
+
+
+def sentence(text):
+    """stderr without what it says at the start, nor tyro's box; on one line."""
+    lines = [line for line in text.splitlines() if "tensorboard --logdir" not in line]
+    return re.sub(r"[│╭╮╰╯─\s]+", " ", " ".join(lines)).strip()
+
+
+@every_script
 def test_learns_inverted_pendulum(script, tmp_path):
     """Within 60k steps; five seeds of all such tests reached 189 to 544, without learning 5."""
     arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 60_000, "--num-envs", 8]
     assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 150
 
 
+def test_learns_as_well_where_observations_have_an_offset(tmp_path):
+    """1.7e9 with a spread of 6: a policy that sees float32 is blind, and gets -0.6 a step."""
+    returns = {}
+    for name in ("Near", "Far"):
+        arguments = ["--env-id", f"toy_envs:{name}-v0", "--total-timesteps", 8_000]
+        arguments += ["--num-envs", 8, "--num-steps", 32, "--learning-rate", 0.2]
+        returns[name] = learn(tmp_path / name, "rat_continuous", *arguments)
+    assert returns["Near"] > -4
+    assert returns["Far"] > -4
+
+
+@every_script
+def test_trains_where_all_observations_are_the_same(script, tmp_path):
+    arguments = [*small(script), "--env-id", "toy_envs:Constant-v0", "--total-timesteps", 1280]
+    train(script, *arguments, "--output-dir", tmp_path, "--run-name", "x")
+    assert rows_of(tmp_path / "x") == 20
+
+
+@every_script
 def test_run_folder_and_clean_output(script, tmp_path):
-    result = run(script, *SMALL, "--total-timesteps", 640, "--output-dir", tmp_path, "--seed", 5)
+    steps = ["--total-timesteps", 640, "--output-dir", tmp_path, "--seed", 5]
+    result = run(script, *small(script), *steps)
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith(f"InvertedPendulum-v5__{script}__5__")
-    assert sorted(p.name.split(".")[0] for p in folder.iterdir()) == ["checkpoint", "config", "events", "progress"]
+    names = sorted(p.name.split(".")[0] for p in folder.iterdir())
+    assert names == ["checkpoint", "config", "events", "progress"]
     assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 640
     rows = read_csv(folder)
     assert [int(row["global_step"]) for row in rows] == list(range(64, 641, 64))
-    wanted = {"episodic_return", "episodic_length", "approx_kl", "entropy", "learning_rate", "value_loss", "sps"}
-    assert wanted | {"wall_seconds"} <= set(rows[0])
+    wanted = {"episodic_return", "episodic_length", "kl", "entropy", "explained_variance"}
+    wanted |= {"learning_rate", "value_loss", "advantage_rms", "sps", "wall_seconds"}
+    assert wanted <= set(rows[0])
     tags = steps_in_events(folder)
-    assert {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/approx_kl"} <= set(tags)
+    assert {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/kl"} <= set(tags)
     assert set(map(tuple, tags.values())) == {tuple(range(64, 641, 64))}
-    assert result.stdout.count("\n") == 1 and "episodic_return" in result.stdout
-    assert all(line.startswith("step ") for line in result.stderr.splitlines()), result.stderr
+    assert result.stdout.count("\n") == 1
+    assert "episodic_return" in result.stdout
+    assert result.stderr == f"InvertedPendulum-v5: tensorboard --logdir {folder}\n"
 
 
+def test_the_version_that_was_made_is_said(tmp_path, capsys):
+    arguments = [*SMALL, "--env-id", "InvertedPendulum", "--total-timesteps", 64]
+    train("rat_continuous", *arguments, "--output-dir", tmp_path)
+    assert "InvertedPendulum-v5" in capsys.readouterr().err
+
+
+@every_script
 def test_same_seed_same_csv(script, tmp_path):
     rows = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(script, *SMALL, "--total-timesteps", 512, "--seed", seed, "--output-dir", tmp_path, "--run-name", name)
+        where = ["--output-dir", tmp_path, "--run-name", name]
+        train(script, *small(script), "--total-timesteps", 512, "--seed", seed, *where)
         rows.append([{**row, "sps": 0, "wall_seconds": 0} for row in read_csv(tmp_path / name)])
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_resume_after_kills(script, tmp_path):
-    arguments = [*SMALL, "--total-timesteps", 64 * 250, "--checkpoint-interval", 3, "--output-dir", tmp_path,
-                 "--run-name", "killed"]  # fmt: skip
-    folder, resume = tmp_path / "killed", []
-    for kill in range(3 if script == "rat_continuous" else 1):
-        rows_before = len(read_csv(folder)) if kill else 0
-        process = subprocess.Popen(
-            command(script, *arguments, *resume), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        wait_for(lambda rows=rows_before: (folder / "progress.csv").exists() and len(read_csv(folder)) > rows + 5)
+def test_seeds_have_environments_of_their_own():
+    """Also of runs with neighbouring seeds, and of a run that is resumed."""
+    rat = importlib.import_module("rat_continuous")
+    args = [rat.Args(seed=seed) for seed in range(20)]
+    seeds = [rat.seed_generators(a, step) for a in args for step in (0, 2048)]
+    assert len({s for part in seeds for s in part}) == 40 * 32
+    assert all(0 <= s < 2**31 for part in seeds for s in part)
+    assert seeds[0] == rat.seed_generators(args[0], 0)
+    drawn = []
+    for _ in range(2):
+        rat.seed_generators(args[3], 0)
+        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "envpool"])
+def test_environments_take_their_seeds(vectorization):
+    if vectorization == "envpool":
+        pytest.importorskip("envpool")
+    rat = importlib.import_module("rat_continuous")
+    args = rat.Args(env_id="Hopper-v4", num_envs=3, vectorization=vectorization)
+    starts = [rat.make_envs(args, seeds)[1] for seeds in ([1, 2, 3], [3, 1, 2], [4, 5, 6])]
+    np.testing.assert_array_equal(starts[0][[2, 0, 1]], starts[1])
+    assert len(np.unique(np.concatenate(starts), axis=0)) == 6
+
+
+@every_script
+def test_resume_after_kill(script, tmp_path):
+    """kill -9 at any moment loses at most an iteration, and no step is there twice."""
+    where = ["--output-dir", tmp_path, "--run-name", "killed"]
+    folder = tmp_path / "killed"
+    arguments = [*small(script), "--total-timesteps", 64 * 2000, *where]
+    for _ in range(3 if script == "rat_continuous" else 1):
+        before = rows_of(folder)
+        process = start(script, *arguments)
+        wait_for(lambda rows=before: rows_of(folder) > rows + 5)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
-        resume = ["--resume"]
+        arguments = ["--resume", *where]
     rows = read_csv(folder)
+    assert checkpoint(folder)["global_step"] >= int(rows[-1]["global_step"]) - 64
     total = 64 * (len(rows) + 10)
-    arguments += ["--total-timesteps", total, "--resume"]
     with open(folder / "progress.csv", "a") as file:
-        file.write(",".join(["999998", *list(rows[-1].values())[1:]]) + "\n")  # a row later than the checkpoint
+        file.write(",".join(["999998", *list(rows[-1].values())[1:]]) + "\n")  # a later row
         file.write("999999,1.0,")  # and a torn one, as a crash of the machine leaves it
-    result = run(script, *arguments)
-    assert result.returncode == 0, result.stderr
+    train(script, *arguments, "--total-timesteps", total)
     expected = list(range(64, total + 1, 64))
-    assert [int(row["global_step"]) for row in read_csv(folder)] == expected
-    assert all(None not in row and None not in row.values() for row in read_csv(folder))
+    rows = read_csv(folder)
+    assert [int(row["global_step"]) for row in rows] == expected
+    assert all(None not in row and None not in row.values() for row in rows)
     for tag, steps in steps_in_events(folder).items():
         assert steps == expected, tag
-    before = (folder / "progress.csv").read_bytes()
+    content = (folder / "progress.csv").read_bytes()
     train(script, *arguments)  # a finished run has nothing left to do
-    assert (folder / "progress.csv").read_bytes() == before
+    assert (folder / "progress.csv").read_bytes() == content
 
 
+@every_script
 def test_resume_restores_everything_but_the_environments(script, tmp_path):
-    """The state after a resume with nothing left to train is the state before it, bit by bit."""
-    arguments = [*SMALL, "--total-timesteps", 640, "--output-dir", tmp_path, "--run-name", "state"]
-    train(script, *arguments)
-    path = tmp_path / "state" / "checkpoint.pt"
-    before = torch.load(path, weights_only=True)
+    """The state after a resume with nothing left to train is the state before it."""
+    where = ["--output-dir", tmp_path, "--run-name", "state"]
+    train(script, *small(script), "--total-timesteps", 640, *where)
+    before = checkpoint(tmp_path / "state")
     torch.manual_seed(99)
-    train(script, *arguments, "--resume")
-    after = torch.load(path, weights_only=True)
+    train(script, "--resume", *where)
+    after = checkpoint(tmp_path / "state")
     assert after.pop("args") == before.pop("args") | {"resume": True}
     assert after.pop("wall_seconds") > before.pop("wall_seconds") > 0
-    assert len(before["episodes"]) > 0 and before["global_step"] == 640
-    assert all(same(before[key], after[key]) for key in before), [k for k in before if not same(before[k], after[k])]
-
-
-def interrupted_as_by_a_terminal(script, arguments, number, folder):
-    """Exit code and stderr after the signal came to the whole process group, the workers of the environments too."""
-    process = subprocess.Popen(
-        command(script, *arguments, "--vectorization", "async"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    wait_for(lambda: (folder / "progress.csv").exists() and len(read_csv(folder)) > 2)
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+    assert len(before["episodes"][0]) > 0
+    assert before["global_step"] == 640
+    different = [key for key in before if not same(before[key], after[key])]
+    assert not different
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_checkpoint_of_the_last_row(script, number, tmp_path, monkeypatch, capsys):
-    arguments = [*SMALL, "--total-timesteps", 10**6, "--output-dir", tmp_path, "--run-name", "stopped"]
+def test_signals_leave_a_checkpoint_of_the_last_row(number, tmp_path):
+    where = ["--output-dir", tmp_path, "--run-name", "stopped"]
     folder = tmp_path / "stopped"
-    if script == "rat_continuous":
-        code, errors = interrupted_as_by_a_terminal(script, arguments, number, folder)
-    else:  # main is the scripts' own, the rest is rat_continuous.py's
-        original = (module := importlib.import_module(script)).gae
-        monkeypatch.setattr(module, "gae", lambda *a: (os.kill(os.getpid(), number), original(*a))[1])
-        with pytest.raises(SystemExit) as stopped:
-            train(script, *arguments)
-        code, errors = stopped.value.code, capsys.readouterr().err
-        monkeypatch.undo()
-    assert code == 128 + number, errors
-    assert errors.count("\n") == 1 and "--resume --run-name stopped" in errors
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"]
-    assert step == int(read_csv(folder)[-1]["global_step"])
-    total = step + 128
-    train(script, *SMALL, "--total-timesteps", total, "--output-dir", tmp_path, "--run-name", "stopped", "--resume")
-    assert [int(row["global_step"]) for row in read_csv(folder)] == list(range(64, total + 1, 64))
+    process = start("rat_continuous", *SMALL, "--total-timesteps", 10**6, *where)
+    wait_for(lambda: rows_of(folder) > 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    wanted = f"rat_continuous: stopped by signal {int(number)}; continue with --resume --run-name "
+    assert sentence(errors).startswith(wanted + "stopped")
+    assert errors.count("\n") == 2
+    assert int(read_csv(folder)[-1]["global_step"]) - checkpoint(folder)["global_step"] in (0, 64)
+    total = checkpoint(folder)["global_step"] + 128
+    train("rat_continuous", "--resume", "--total-timesteps", total, *where)
+    steps = [int(row["global_step"]) for row in read_csv(folder)]
+    assert steps == list(range(64, total + 1, 64))
 
 
-@pytest.mark.parametrize(
-    ("env_id", "quantity"), [("NanReward", "a reward"), ("NanObs", "an observation"), ("HugeReward", "update 1")]
-)
-def test_values_that_are_not_finite_stop_the_run(script, env_id, quantity, tmp_path, capsys):
-    arguments = ["--env-id", f"toy_envs:{env_id}-v0", "--num-envs", 4, "--num-steps", 16, "--total-timesteps", 640]
+def test_a_second_process_on_a_run_folder_is_refused(tmp_path):
+    where = ["--output-dir", tmp_path, "--run-name", "locked"]
+    folder = tmp_path / "locked"
+    process = start("rat_continuous", *SMALL, "--total-timesteps", 10**6, *where)
+    wait_for(lambda: rows_of(folder) > 2)
+    second = run("rat_continuous", "--resume", *where)
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2
+    assert "await its end" in sentence(second.stderr)
+    steps = [int(row["global_step"]) for row in read_csv(folder)]
+    assert steps == list(range(64, steps[-1] + 1, 64))
+
+
+BROKEN = {
+    "NanReward": "a reward of the environment is not finite",
+    "NanObs": "an observation of the environment is not finite",
+    "HugeReward": "not finite",
+    "Boom": "ValueError: simulator exploded (toy_envs.py, line",
+}
+
+
+@every_script
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_breaks_a_run_down_loses_one_iteration(script, name, tmp_path, capsys):
+    where = ["--output-dir", tmp_path, "--run-name", "broken"]
+    arguments = [*small(script), "--env-id", f"toy_envs:{name}-v0", "--total-timesteps", 640]
     with pytest.raises(SystemExit) as stopped:
-        train(script, *arguments, "--output-dir", tmp_path, "--run-name", "broken")
+        train(script, *arguments, *where)
     assert stopped.value.code == 1
-    sentence = capsys.readouterr().err.splitlines()[-1]
-    assert sentence.startswith(f"{script}: iteration 3") and quantity in sentence
-    saved = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    said = sentence(capsys.readouterr().err)
+    assert said.startswith(f"{script}: ")
+    assert BROKEN[name] in said
+    assert f"continue with --resume --run-name broken --output-dir {tmp_path}" in said
+    saved = checkpoint(tmp_path / "broken")
     assert saved["global_step"] == 128 == int(read_csv(tmp_path / "broken")[-1]["global_step"])
     assert all(t.isfinite().all() for t in saved["agent"].values())
 
 
-def test_blocks_without_a_valid_sample_do_no_harm(script, tmp_path, monkeypatch):
-    """Episodes of one step: every other step only resets. Four blocks hold the data, four the resets."""
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    saves = []
+    original = torch.save
 
-    def order(n, device=None):
-        return torch.arange(n).view(-1, 2, 8).transpose(0, 1).flatten()
+    def save(state, file):
+        saves.append(state["global_step"])
+        if len(saves) == 3:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(state, file)
 
-    monkeypatch.setattr(torch, "randperm", order)
-    monkeypatch.setattr(torch, "rand", lambda epochs, n, device: order(n).argsort().expand(epochs, n))
-    arguments = ["--env-id", "toy_envs:OneStep-v0", "--num-envs", 8, "--num-steps", 16, "--num-minibatches", 8]
-    train(script, *arguments, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "a")
-    train(script, *arguments, "--total-timesteps", 512, "--output-dir", tmp_path, "--run-name", "b")
-    short, long = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"] for name in "ab")
+    monkeypatch.setattr(torch, "save", save)
+    where = ["--output-dir", tmp_path, "--run-name", "full"]
+    with pytest.raises(SystemExit) as stopped:
+        train("rat_continuous", *SMALL, "--total-timesteps", 640, *where)
+    assert stopped.value.code == 1
+    assert "No space left on device" in sentence(capsys.readouterr().err)
+    assert checkpoint(tmp_path / "full")["global_step"] == saves[1] == 64
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+@every_script
+def test_episodes_of_one_step(script, tmp_path):
+    """Every other step only resets; blocks as small as they may be have data all the same."""
+    arguments = [*small(script), "--env-id", "toy_envs:OneStep-v0", "--num-minibatches", 16]
+    states = []
+    for steps, name in ((64, "a"), (512, "b")):
+        where = ["--output-dir", tmp_path, "--run-name", name]
+        train(script, *arguments, "--total-timesteps", steps, *where)
+        states.append(checkpoint(tmp_path / name)["agent"])
+    short, long = states
     assert all(t.isfinite().all() for t in long.values())
     (name,) = (name for name in long if "log_std" in name)
-    assert not torch.equal(short[name], long[name])  # what the data taught
+    assert not torch.equal(short[name], long[name])
 
 
-KL_LEAVES_ITS_BAND = {  # on both sides with these
-    "rat_continuous": [["--learning-rate", 0.3]],
-    "rat_shared": [["--learning-rate", 0.3]],
-    "npg_cg": [["--learning-rate", 0.3]],
-    "npg_rank1": [["--learning-rate", 0.3]],
-    "sophia_ppo": [[*options, "--optimizer", "diag", "--learning-rate", 0.3] for options in ([], ["--shared"])],
-    "acktr": [[*options, "--learning-rate", 0.003, "--damping", 0.001] for options in ([], ["--shared"])],
-}
+KL_LEAVES_ITS_BAND = [  # on both sides with these
+    ("rat_continuous", 0.004, ["--learning-rate", 0.3]),
+    ("rat_shared", 0.005, ["--learning-rate", 0.3]),
+    ("npg_cg", 0.004, ["--learning-rate", 0.3]),
+    ("npg_rank1", 0.004, ["--learning-rate", 0.3]),
+    ("sophia_ppo", 0.004, ["--optimizer", "diag", "--learning-rate", 0.3]),
+    ("sophia_ppo", 0.005, ["--optimizer", "diag", "--learning-rate", 0.3, "--shared"]),
+    ("acktr", 0.004, ["--learning-rate", 0.003, "--damping", 0.001]),
+    ("acktr", 0.005, ["--learning-rate", 0.003, "--damping", 0.001, "--shared"]),
+]
 
 
-def test_learning_rate_follows_the_kl(script, tmp_path):
-    """Lower by 1.5 above 0.016, higher by 1.5 below 0.004, of one trunk 0.02 and 0.005; in [1e-4, the first one]."""
-    for name, options in enumerate(KL_LEAVES_ITS_BAND[script]):
-        train(script, *SMALL, "--total-timesteps", 64 * 40, *options, "--output-dir", tmp_path, "--run-name", name)
-        rows = [{name: float(value) for name, value in row.items()} for row in read_csv(tmp_path / str(name))]
-        factors, low = set(), 0.005 if script == "rat_shared" or "--shared" in options else 0.004
-        for row, following in itertools.pairwise(rows):
-            factor = 1 / 1.5 if row["kl"] > 4 * low else 1.5 if row["kl"] < low else 1
-            expected = np.clip(row["learning_rate"] * factor, 1e-4, rows[0]["learning_rate"])
-            assert following["learning_rate"] == pytest.approx(expected)
-            factors.add(factor)
-        assert factors == {1 / 1.5, 1, 1.5}
+@pytest.mark.parametrize(("script", "low", "options"), KL_LEAVES_ITS_BAND)
+def test_learning_rate_follows_the_kl(script, low, options, tmp_path):
+    """Lower by 1.5 above four times low, higher by 1.5 below it; in [1e-4, the first one]."""
+    where = ["--output-dir", tmp_path, "--run-name", "x"]
+    train(script, *small(script), "--total-timesteps", 64 * 40, *options, *where)
+    rows = [{n: float(v) for n, v in row.items()} for row in read_csv(tmp_path / "x")]
+    factors = set()
+    for row, following in itertools.pairwise(rows):
+        factor = 1.0
+        if row["kl"] > 4 * low:
+            factor = 1 / 1.5
+        elif row["kl"] < low:
+            factor = 1.5
+        expected = np.clip(row["learning_rate"] * factor, 1e-4, rows[0]["learning_rate"])
+        assert following["learning_rate"] == pytest.approx(expected)
+        factors.add(factor)
+    assert factors == {1 / 1.5, 1, 1.5}
 
 
 BAD = {
     "unknown environment": (["--env-id", "NoSuchTask-v1"], "NoSuchTask"),
     "unknown version": (["--env-id", "HalfCheetah-v99"], "HalfCheetah-v99"),
     "unknown module": (["--env-id", "no_module:Task-v1"], "no_module"),
-    "unbounded actions": (["--env-id", "toy_envs:UnboundedActions-v0"], "bounded"),
-    "dictionary observations": (["--env-id", "toy_envs:DictObs-v0"], "Dict"),
-    "image observations": (["--env-id", "toy_envs:ImageObs-v0"], "flat Box"),
-    "indivisible": (["--num-envs", "3", "--num-steps", "5"], "does not divide"),
+    "malformed id": (["--env-id", "a:b:c"], "a:b:c"),
+    "bad constructor": (["--env-id", "toy_envs:BadConstructor-v0"], "wrong_keyword"),
+    "first observation": (["--env-id", "toy_envs:NanFirst-v0"], "first observation"),
+    "unbounded actions": (["--env-id", "toy_envs:UnboundedActions-v0"], "TransformAction"),
+    "huge bounds": (["--env-id", "toy_envs:HugeActions-v0"], "finite bounds"),
+    "wide bounds": (["--env-id", "toy_envs:WideActions-v0"], "finite bounds"),
+    "integer actions": (["--env-id", "toy_envs:IntegerActions-v0"], "not floats"),
+    "dictionary observations": (["--env-id", "toy_envs:DictObs-v0"], "FlattenObservation"),
+    "image observations": (["--env-id", "toy_envs:ImageObs-v0"], "FlattenObservation"),
     "zero environments": (["--num-envs", "0"], "--num-envs 0"),
     "negative steps": (["--num-steps", "-5"], "--num-steps -5"),
-    "one step": (["--num-steps", "1"], "--num-steps 1"),
-    "blocks of one sample": (["--num-minibatches", "64"], "--num-minibatches 64"),
+    "one step": (["--num-steps", "1", "--num-envs", "64"], "--num-steps 1"),
+    "blocks of one sample": (["--num-minibatches", "17"], "--num-minibatches 17"),
     "zero epochs": (["--update-epochs", "0"], "--update-epochs 0"),
     "zero minibatches": (["--num-minibatches", "0"], "--num-minibatches 0"),
-    "zero interval": (["--checkpoint-interval", "0"], "--checkpoint-interval 0"),
     "no whole rollout": (["--total-timesteps", "63"], "--total-timesteps 63"),
+    "not an integer": (["--total-timesteps", "1e6"], "'1e6'"),
     "zero damping": (["--damping", "0"], "--damping 0"),
     "negative damping": (["--damping", "-0.1"], "--damping -0.1"),
     "nan learning rate": (["--learning-rate", "nan"], "--learning-rate nan"),
+    "infinite learning rate": (["--learning-rate", "inf"], "--learning-rate inf"),
     "gamma 0": (["--gamma", "0"], "--gamma 0"),
     "gamma above 1": (["--gamma", "1.01"], "--gamma 1.01"),
     "negative seed": (["--seed", "-1"], "--seed -1"),
-    "envpool missing": (["--vectorization", "envpool"], "pip install envpool"),
-    "resume without checkpoint": (["--resume", "--run-name", "nothing"], "missing"),
+    "large seed": (["--seed", 2**31], "--seed 2147483648"),
+    "envpool missing": (["--vectorization", "envpool"], "envpool"),
+    "resume without checkpoint": (["--resume", "--run-name", "nothing"], "nothing/checkpoint.pt"),
     "unknown choice": (["--vectorization", "sometimes"], "vectorization"),
+    "long name": (["--run-name", "x" * 300], "name too long"),
 }
 if not torch.cuda.is_available():
-    BAD["no cuda"] = (["--device", "cuda"], "--device cuda")
+    BAD["no cuda"] = (["--device", "cuda"], "CUDA")
 
 
 def refused(capsys, script, *arguments):
-    """The one sentence with which the script refuses the arguments, exit code 2."""
+    """The sentence with which the script refuses the arguments, exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train(script, *arguments)
     output = capsys.readouterr()
     assert (stopped.value.code, output.out) == (2, "")
-    return output.err
+    assert "Traceback" not in output.err
+    return sentence(output.err)
 
 
+@every_script
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_and_writes_nothing(script, case, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "envpool", None)  # importing it fails as if there were none
     arguments, named = BAD[case]
-    sentence = refused(capsys, script, *SMALL, "--total-timesteps", 640, "--output-dir", tmp_path / "runs", *arguments)
-    assert named in sentence
-    if case != "unknown choice":  # tyro draws a box around what it refuses
-        assert sentence.startswith(f"{script}: ") and sentence.count("\n") == 1
+    where = ["--total-timesteps", 640, "--output-dir", tmp_path / "runs"]
+    assert named.lower() in refused(capsys, script, *small(script), *where, *arguments).lower()
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@every_script
+def test_discrete_actions_run_or_are_refused(script, tmp_path, capsys):
+    where = ["--total-timesteps", 2048, "--output-dir", tmp_path / "runs"]
+    arguments = ["--env-id", "CartPole-v1", *where]
+    if script == "rat_shared":
+        train(script, *arguments, "--run-name", "discrete")
+        assert rows_of(tmp_path / "runs" / "discrete") == 1
+        return
+    said = refused(capsys, script, *arguments)
+    assert "Discrete(2)" in said
+    assert "rat_shared.py" in said
     assert not (tmp_path / "runs").exists()
 
 
-def test_discrete_actions_run_or_are_refused(script, tmp_path, capsys):
-    arguments = ["--env-id", "CartPole-v1", "--total-timesteps", 2048, "--output-dir", tmp_path / "runs"]
-    if script in TAKES_DISCRETE:
-        train(script, *arguments, "--run-name", "discrete")
-        assert len(read_csv(tmp_path / "runs" / "discrete")) == 1
-        return
-    sentence = refused(capsys, script, *arguments)
-    assert "Discrete(2)" in sentence and sentence.count("\n") == 1 and not (tmp_path / "runs").exists()
+def test_a_network_that_is_refused_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    rat = importlib.import_module("rat_continuous")
+
+    def normed(obs_dim, head, hidden):
+        return nn.Sequential(nn.Linear(obs_dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), head)
+
+    monkeypatch.setattr(rat, "mlp", normed)
+    where = ["--total-timesteps", 64, "--output-dir", tmp_path / "runs"]
+    said = refused(capsys, "rat_continuous", *SMALL, *where)
+    assert "LayerNorm" in said
+    assert "--jacobian vmap" in said
+    assert not (tmp_path / "runs").exists()
+    train("rat_continuous", *SMALL, *where, "--jacobian", "vmap", "--run-name", "vmap")
+    assert rows_of(tmp_path / "runs" / "vmap") == 1
 
 
-def test_envpool_without_the_environment(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "envpool", types.SimpleNamespace(list_all_envs=lambda: ["Pong-v5"]))
-    sentence = refused(capsys, script, *SMALL, "--vectorization", "envpool", "--output-dir", tmp_path / "runs")
-    assert "--vectorization sync" in sentence and sentence.count("\n") == 1 and not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("env_id, more", [("HumanoidStand-v1", {}), ("Humanoid-v4", {"post_constraint": True})])
-def test_envpool_gets_the_processs_threads_and_a_seed_of_31_bits(script, env_id, more, monkeypatch):
+@every_script
+@pytest.mark.parametrize(
+    ("env_id", "more"),
+    [("HumanoidStand-v1", {}), ("Humanoid-v4", {"post_constraint": True})],
+)
+def test_envpool_gets_the_processs_threads_and_the_seeds(script, env_id, more, monkeypatch):
     made = []
 
     def make(env_id, **options):
         made.append(options)
         return gym.make_vec("InvertedPendulum-v5", options["num_envs"])
 
-    fake = types.SimpleNamespace(list_all_envs=lambda: [env_id], make_gymnasium=make)
-    monkeypatch.setitem(sys.modules, "envpool", fake)
+    monkeypatch.setitem(sys.modules, "envpool", types.SimpleNamespace(make_gymnasium=make))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     module = importlib.import_module(script)
-    module.make_envs(module.Args(env_id=env_id, num_envs=2, vectorization="envpool"), 2**31 + 5)
-    assert made == [{"num_envs": 2, "seed": 5, "num_threads": 3} | more]
+    args = module.Args(env_id=env_id, num_envs=2, vectorization="envpool")
+    module.make_envs(args, [7, 8])
+    assert made == [{"num_envs": 2, "seed": [7, 8], "num_threads": 3} | more]
 
 
+@every_script
 def test_envpool_steps_like_gymnasium(script, tmp_path):
     pytest.importorskip("envpool")
     module = importlib.import_module(script)
     args = module.Args(env_id="InvertedPendulum-v5", num_envs=4, vectorization="envpool")
-    envs, obs = module.make_envs(args, seed=1)
+    envs, obs = module.make_envs(args, [1, 2, 3, 4])
     done, ends = np.zeros(4, dtype=bool), 0
     for _ in range(60):
         before = done
         obs, reward, terminated, truncated, _ = envs.step(np.full((4, 1), 3.0, np.float32))
         done, ends = terminated | truncated, ends + before.sum()
-        assert (np.abs(obs[before]) <= 0.01 + 1e-9).all() and not done[before].any()  # a reset observation
-        assert (reward[before] == 0).all() and (np.abs(obs[done, 1]) > 0.2).all()  # done comes with the true last one
+        assert (np.abs(obs[before]) <= 0.01 + 1e-9).all()  # a reset observation
+        assert not done[before].any()
+        assert (reward[before] == 0).all()
+        assert (np.abs(obs[done, 1]) > 0.2).all()  # done comes with the true last one
     assert ends > 10
-    train(script, *SMALL, "--total-timesteps", 128, "--vectorization", "envpool", "--output-dir", tmp_path)
-    envs, _ = module.make_envs(module.Args(env_id="Humanoid-v4", num_envs=2, vectorization="envpool"), seed=1)
+    steps = ["--total-timesteps", 128, "--vectorization", "envpool"]
+    train(script, *small(script), *steps, "--output-dir", tmp_path)
+    args = module.Args(env_id="Humanoid-v4", num_envs=2, vectorization="envpool")
+    envs, _ = module.make_envs(args, [1, 2])
     obs = np.stack([envs.step(np.zeros((2, 17), np.float32))[0] for _ in range(30)])
     assert obs[..., 292:].any()  # contact forces, zero in EnvPool's v4 unless asked for
 
 
-def test_bad_folders_and_checkpoints(script, tmp_path, capsys):
-    arguments = [*SMALL, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "one"]
-    train(script, *arguments)
-    path, file = tmp_path / "one" / "checkpoint.pt", tmp_path / "file"
-    content, files = path.read_bytes(), sorted(p.name for p in (tmp_path / "one").iterdir())
-    state = torch.load(path, weights_only=True)
-    file.write_text("")
-
-    def check(named, *more):
-        sentence = refused(capsys, script, *arguments, *more)
-        assert named in sentence and sentence.count("\n") == 1
-        assert sorted(p.name for p in (tmp_path / "one").iterdir()) == files
-
-    check("--resume")  # the folder is there
-    check("file", "--output-dir", file)
-    check("file", "--output-dir", file / "below")
-    check("env_id", "--resume", "--env-id", "Pendulum-v1")
-    check("gamma", "--resume", "--gamma", "0.9")
-    check("total_timesteps 128, not 64", "--resume", "--total-timesteps", 64)
-    for broken in (content[: len(content) // 2], b"", b"not a checkpoint"):
-        path.write_bytes(broken)
-        check("damaged", "--resume")
-    for other, named in ((state | {"algorithm": "something_else"}, "something_else"), ({"weights": 1}, "damaged")):
-        torch.save(other, path)
-        check(named, "--resume")
+@pytest.fixture
+def finished(tmp_path):
+    """The arguments that name a run of 128 steps, and its folder."""
+    where = ["--output-dir", tmp_path, "--run-name", "one"]
+    train("rat_continuous", *SMALL, "--total-timesteps", 128, *where)
+    return where, tmp_path / "one"
 
 
-def test_settings_run(script, tmp_path):
-    for number, options in enumerate(SETTINGS.get(script, [])):
-        train(script, *SMALL, "--total-timesteps", 256, "--output-dir", tmp_path, "--run-name", number, *options)
-        assert len(read_csv(tmp_path / str(number))) == 4
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (SMALL, "File exists"),  # without --resume
+        (["--resume", "--env-id", "Pendulum-v1"], "--env-id is InvertedPendulum-v5"),
+        (["--resume", "--gamma", "0.9", "--seed", 3], "--gamma is 0.99, --seed is 1: leave that"),
+        (["--resume", "--total-timesteps", 64], "--total-timesteps 64: 128 steps are done"),
+    ],
+)
+def test_a_run_folder_is_not_taken_for_another_run(more, named, finished, capsys):
+    where, folder = finished
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert named in refused(capsys, "rat_continuous", *more, *where)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_an_output_folder_that_is_a_file(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    where = ["--output-dir", tmp_path / folder, "--run-name", "x"]
+    assert "cannot take" in refused(capsys, "rat_continuous", *SMALL, *where)
+
+
+@pytest.mark.parametrize("kind", ["half", "empty", "text", "other keys"])
+def test_a_damaged_checkpoint_is_refused(kind, finished, capsys):
+    where, folder = finished
+    path = folder / "checkpoint.pt"
+    content = path.read_bytes()
+    broken = {"half": content[: len(content) // 2], "empty": b"", "text": b"not a checkpoint"}
+    if kind in broken:
+        path.write_bytes(broken[kind])
+    else:
+        torch.save({"weights": 1}, path)
+    said = refused(capsys, "rat_continuous", "--resume", *where)
+    assert "cannot use" in said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"algorithm": "my_fork"}, "it is of my_fork, this is rat_continuous"),
+        ({"args": {"old_option": 1}}, "old_option"),
+    ],
+)
+def test_a_checkpoint_of_other_code_is_refused(change, named, finished, capsys):
+    where, folder = finished
+    torch.save(checkpoint(folder) | change, folder / "checkpoint.pt")
+    assert named in refused(capsys, "rat_continuous", "--resume", *where)
+
+
+def test_what_may_change_on_resume_changes(finished):
+    where, folder = finished
+    train("rat_continuous", "--resume", *where, "--total-timesteps", 256)
+    assert [int(row["global_step"]) for row in read_csv(folder)] == [64, 128, 192, 256]
+    saved = checkpoint(folder)["args"]
+    assert (saved["total_timesteps"], saved["num_envs"], saved["num_steps"]) == (256, 4, 16)
+    assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 256
+
+
+@pytest.mark.parametrize(("script", "options"), SETTINGS)
+def test_settings_run(script, options, tmp_path):
+    where = ["--output-dir", tmp_path, "--run-name", "x"]
+    train(script, *small(script), "--total-timesteps", 256, *where, *options)
+    assert rows_of(tmp_path / "x") == 4
