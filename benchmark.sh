@@ -16,7 +16,7 @@
 #   EXTRA     arguments for every run: "--total-timesteps 10000000"
 #   RUNS      folder of the run folders (runs)
 #   PYTHON    interpreter (python)
-#   VECTORIZATION   sync, async or envpool (envpool where installed, else sync); not for procgen
+#   VECTORIZATION   sync or envpool (envpool where installed, else sync); not for procgen
 set -uo pipefail
 
 declare -A script=(
