@@ -1,21 +1,44 @@
-"""Natural policy gradient with a rank-1 Fisher matrix (Huo et al., arXiv:2601.18626), inverted by Sherman-Morrison.
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.3.7",
+#     "numpy==1.26.4",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""Natural policy gradient with a Fisher matrix of rank one (Huo et al. 2026, arXiv:2601.18626).
 
-Run: python npg_rank1.py --env-id HalfCheetah-v5    Same networks, rollout and critic as rat_continuous.py.
+Run: python npg_rank1.py --env-id HalfCheetah-v5. Symbols: docs/algorithm.md.
+
+    for each rollout:
+        step the environments with the policy                         collect
+        advantages and returns                                        gae
+        drop the steps that only reset, renew the running statistics  gather_samples
+        for each pass, for each block of samples:                     minibatches
+            g = H^T Sigma y                                           policy_gradient
+            u = the score of one sample                               block_score
+            d = (lambda I + u u^T)^-1 g                               rank1_direction
+            theta = theta + eta clip(d)                               move
+        regress the critic on the returns                             fit_critic
+        adapt eta to the KL divergence                                adapt_learning_rate
+        write a row of metrics and a checkpoint                       Logger, save_checkpoint
 """
 
-import atexit
-import copy
 import json
-import math
 import os
+import random
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable
+import traceback
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -26,22 +49,28 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
 ALGORITHM = "npg_rank1"
+Distribution.set_default_validate_args(False)  # values that are not finite are found in the update
 
 
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id: flat Box observations, bounded Box actions
-    total_timesteps: int = 1_000_000  # environment steps of the whole run, all environments together
+    total_timesteps: int = 1_000_000  # environment steps of the run, all environments together
     num_envs: int = 32  # environments stepped side by side
     num_steps: int = 64  # steps of each environment in one rollout
-    vectorization: Literal["sync", "async", "envpool"] = "sync"  # one process, one an environment, EnvPool's threads
-    score: Literal["sample", "mean"] = "sample"  # u of F = u u^T: score of one random sample of the block, or the mean
-    damping: float = 0.1  # lambda, added to the Fisher's diagonal, > 0
+    vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
     update_epochs: int = 4  # actor passes over the rollout
-    num_minibatches: int = 4  # actor blocks in a pass, each of num_envs * num_steps / num_minibatches samples
+    num_minibatches: int = 4  # actor blocks in a pass
+    damping: float = 0.1  # lambda, added to the Fisher's diagonal, > 0
+    score: Literal["sample", "mean"] = "sample"  # u: of one random sample of a block, or their mean
     learning_rate: float = 0.05  # first and largest actor step size; the KL adapts it below that
-    max_grad_norm: float = 0.5  # l2 bound on the applied direction
+    max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu
     critic_epochs: int = 4  # critic passes over the rollout
     critic_minibatches: int = 8  # critic minibatches in a pass
     critic_learning_rate: float = 1e-3  # Adam step size of the critic
@@ -49,398 +78,625 @@ class Args:
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
     seed: int = 1  # of networks, sampling and environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    run_name: str = ""  # folder below output_dir; default {env_id}__npg_rank1__{seed}__{unix time}
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
+    run_name: str = ""  # folder below output_dir; default {env_id}__npg_rank1__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    checkpoint_interval: int = 50  # iterations between checkpoints; also at the end and on SIGINT or SIGTERM
-    resume: bool = False  # continue run_name from its checkpoint
+    resume: bool = False  # continue run_name: what is not given is as that run had it
+
+    def __post_init__(self):
+        check_args(self)
 
 
-# Arguments and environments
-def fail(sentence: str, code: int = 2) -> NoReturn:
-    """End the program with one sentence on stderr. Exit code 2: bad input; 1: the run broke down."""
-    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
-    raise SystemExit(code)
+# ---- Environments ----------------------------------------------------------------------------
 
 
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work."""
-    batch_size = args.num_envs * args.num_steps
-    for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", {"seed": 0, "num_steps": 2}.get(name, 1)
-        if type(value) is int and not least <= value < 2**31:
-            fail(f"{flag} must lie in [{least}, 2**31).")
-        if type(value) is float and not 0 < value < math.inf:
-            fail(f"{flag} must be positive and finite.")
-        if name in ("gamma", "gae_lambda") and value > 1:
-            fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
+def make_envs(args, seeds):
+    """Vector environment in NEXT_STEP mode (the step after `done` only resets), first obs [N, d].
 
-
-def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """Vector environment and first observations [N, obs_dim]; NEXT_STEP: the step after `done` only resets."""
+    seeds: one for each environment. Ends the program where the environment cannot be made."""
     gym.logger.min_level = gym.logger.ERROR  # "v4 is out of date" is the caller's choice, not news
-    if args.vectorization == "envpool":
-        try:
-            import envpool
-        except ImportError:
-            fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
-        if args.env_id not in envpool.list_all_envs():
-            fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
-        options |= {"post_constraint": True} if args.env_id[:-3] in ("Humanoid", "HumanoidStandup") else {}  # contacts
-        envs = envpool.make_gymnasium(args.env_id, **options)
-    else:
-        mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-        try:
-            envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization, vector_kwargs=mode)
-        except (gym.error.Error, ImportError) as error:
-            fail(f"--env-id {args.env_id} cannot be made: {error}")
-    atexit.register(envs.close)  # whatever ends the program, asynchronous workers end with it
-    obs_space, act_space = envs.single_observation_space, envs.single_action_space
-    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs_space, act_space))
-    if not flat or not act_space.is_bounded():
-        fail(f"--env-id {args.env_id} maps {obs_space} to {act_space}, {ALGORITHM} needs flat Boxes, actions bounded.")
-    return envs, (envs.reset() if args.vectorization == "envpool" else envs.reset(seed=seed))[0]
+    try:
+        if args.vectorization == "envpool":
+            envs = make_envpool(args, seeds)
+            seeds = None  # EnvPool takes them only there
+        else:
+            mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
+    except Exception as error:  # whatever an import or a constructor raises
+        fail(
+            f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "
+            f"({type(error).__name__}): {error}"
+        )
+    check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
+    obs, _ = envs.reset(seed=seeds)
+    check_finite("the first observation of the environment", obs)
+    return envs, obs
 
 
-# Networks
+def make_envpool(args, seeds):
+    """The same stepped by EnvPool's threads, as many as PyTorch has."""
+    import envpool
+
+    options = {"num_envs": args.num_envs, "seed": seeds, "num_threads": torch.get_num_threads()}
+    if args.env_id[:-3] in ("Humanoid", "HumanoidStandup"):
+        options["post_constraint"] = True  # the contact forces that Gymnasium's observations have
+    return envpool.make_gymnasium(args.env_id, **options)
+
+
+def check_spaces(env_id, obs_space, act_space):
+    """Refuse what the networks do not take, with the way out."""
+    for space in (obs_space, act_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(
+                f"--env-id {env_id} has {space}, not a flat Box: wrap it in FlattenObservation, "
+                "or use rat_shared.py where actions are Discrete."
+            )
+    low, high = torch.tensor(act_space.low), torch.tensor(act_space.high)
+    bounds = torch.stack([low, high, high - low])
+    if not bounds.is_floating_point() or not bounds.float().isfinite().all():
+        fail(
+            f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
+            "wrap it in a TransformAction."
+        )
+
+
+# ---- Networks --------------------------------------------------------------------------------
+
+
 class ObsNormalizer(nn.Module):
-    """Running mean and variance of observations: forward gives (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
+    """Running mean and variance of observations: (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
-        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, obs: Tensor) -> Tensor:
+    def forward(self, obs):
         return ((obs - self.mean) / (self.var + 1e-5).sqrt()).clamp(-5, 5).float()
 
-    def update(self, obs: Tensor) -> None:
-        """Merge the moments of obs [N, obs_dim] (Chan et al. 1979)."""
-        obs, share = obs.double(), len(obs) / (self.count + len(obs))
+    def update(self, obs):
+        """Merge the moments of obs [n, obs_dim] (Chan et al. 1979); the first replace 0 and 1."""
+        obs = obs.double()
+        share = len(obs) / (self.count + len(obs))
         delta = obs.mean(0) - self.mean
-        self.var.lerp_(obs.var(0, correction=0), share).add_(delta.square() * share * (1 - share))
+        between = delta.square() * share * (1 - share)
+        self.var.lerp_(obs.var(0, correction=0), share).add_(between)
         self.mean.add_(delta * share)
         self.count.add_(len(obs))
 
 
 class PopArt(nn.Module):
-    """Linear value head over returns normalised by their running moments (van Hasselt et al. 2016): [B, d] to [B]."""
+    """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
 
-    def __init__(self, in_features: int, beta: float = 0.99999):
+    def __init__(self, in_features, beta=0.99999):
         super().__init__()
-        self.linear, self.beta = nn.Linear(in_features, 1), beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # running averages of 1, R, R^2
+        self.linear = nn.Linear(in_features, 1)
+        nn.init.kaiming_uniform_(self.linear.weight)  # as in the published code
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.ones((), dtype=torch.float64))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features):
+        """Values [B] in normalised units of features [B, in_features]."""
         return self.linear(features).squeeze(-1)
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> None:
-        """Move the statistics towards returns [N] and rescale the head so that mean + std * output stays the same."""
-        old_mean, old_std, returns = self.mean.clone(), self.std.clone(), returns.double()
-        now = torch.stack([torch.ones_like(old_mean), returns.mean(), returns.square().mean()])
-        weight, first, second = self.moments.lerp_(now, 1 - self.beta)
+    def update(self, returns):
+        """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
+        old_mean, old_std = self.mean.clone(), self.std.clone()
+        powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
+        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
         self.linear.weight.mul_(old_std / self.std)
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-def mlp(obs_dim: int, head: nn.Module, hidden: int) -> nn.Sequential:
+def mlp(obs_dim, head, hidden):
     """Two ReLU layers and a head, in PyTorch's default initialisation."""
-    return nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), head)
+    return nn.Sequential(
+        nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), head
+    )
 
 
 class Actor(nn.Module):
-    """Diagonal Gaussian of the action before its tanh, whose Jacobian cancels in ratios and scores: log_prob(a) [B]."""
+    """Diagonal Gaussian of the action before its tanh, whose Jacobian cancels in all ratios."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
+    def __init__(self, obs_dim, act_dim, hidden=256):
         super().__init__()
         self.mean = mlp(obs_dim, nn.Linear(hidden, act_dim), hidden)
-        self.log_std = nn.Linear(1, act_dim, bias=False)  # state-independent log sigma is a layer with the input 1
+        self.log_std = nn.Linear(1, act_dim, bias=False)  # log sigma: a layer with the input 1
         nn.init.zeros_(self.log_std.weight)
 
-    def forward(self, obs: Tensor) -> Distribution:
+    def forward(self, obs):
         std = self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, act_dim]
-        return Independent(Normal(self.mean(obs), std, validate_args=False), 1, validate_args=False)
+        return Independent(Normal(self.mean(obs), std), 1)
 
 
 class Agent(nn.Module):
-    """All that it takes to play: observation statistics, actor, critic (in PopArt's units), action bounds."""
+    """All that it takes to play: observation statistics, actor, critic, action bounds."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Box):
+    def __init__(self, observation_space, action_space):
         super().__init__()
-        obs_dim, act_dim = observation_space.shape[0], action_space.shape[0]
-        self.normalizer, self.actor = ObsNormalizer(obs_dim), Actor(obs_dim, act_dim)
-        self.critic = mlp(obs_dim, PopArt(256), 256)
-        self.register_buffer("low", torch.as_tensor(action_space.low, dtype=torch.float32))
-        self.register_buffer("high", torch.as_tensor(action_space.high, dtype=torch.float32))
+        (obs_dim,) = observation_space.shape
+        (act_dim,) = action_space.shape
+        self.normalizer = ObsNormalizer(obs_dim)
+        self.popart = PopArt(256)
+        self.policy = Actor(obs_dim, act_dim)
+        self.critic = mlp(obs_dim, self.popart, 256)
+        self.register_buffer("low", torch.tensor(action_space.low))
+        self.register_buffer("high", torch.tensor(action_space.high))
+
+    def value(self, obs):
+        """Values in units of reward of raw obs [..., obs_dim]."""
+        return self.critic(self.normalizer(obs)) * self.popart.std + self.popart.mean
 
     @torch.no_grad()
-    def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """Raw obs [B, obs_dim] to the policy's sample (or mean) and the environment's action, both [B, act_dim]."""
-        policy = self.actor(self.normalizer(obs))
-        action = policy.mean if deterministic else policy.sample()
-        return action, self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+    def act(self, obs, deterministic=False):
+        """Raw obs [B, obs_dim] to the policy's sample (or mean) and the environment's action."""
+        policy = self.policy(self.normalizer(obs))
+        action = policy.mean if deterministic else policy.sample()  # [B, act_dim]
+        env_action = self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+        return action, env_action.minimum(self.high)  # rounding may lie above
 
 
-# The algorithm's core: Sherman-Morrison
-def flatten(tensors: Iterable[Tensor]) -> Tensor:
+# ---- What every script has: arguments, rollout, critic, files --------------------------------
+
+
+def fail(sentence, code=2):
+    """End the program with one sentence on stderr. Code 2: bad input; 1: the run broke down."""
+    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_args(args, may_be_zero=("seed", "resume")):
+    """Name a run without a name; raise ValueError for a value that cannot work.
+
+    tyro prints the error's sentence and exits with code 2."""
+    blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        number = isinstance(value, int | float)
+        if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag} must be positive and below 2^31.")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name.endswith("minibatches") and value > blocks:
+            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
+    if args.num_steps < 2:
+        raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
+    name = f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}"
+    args.run_name = args.run_name or name.replace("/", "_")
+
+
+def check_finite(what, value):
+    """Raise FloatingPointError, by name, for a value that is not finite."""
+    if not np.isfinite(value).all():
+        raise FloatingPointError(f"{what} is not finite")
+
+
+def seed_generators(args, global_step):
+    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    generator = np.random.default_rng((args.seed, global_step))
+    first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first)
+    return env_seeds
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    obs: Tensor  # raw, [T + 1, N, obs_dim]
+    actions: Tensor  # [T, N, act_dim]
+    rewards: Tensor  # [T, N], as all that follow
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
+    valid: Tensor  # 0 where the step only reset
+
+
+def collect(envs, agent, obs, done, num_steps):
+    """A Rollout of num_steps steps from obs [N, obs_dim], done [N]; running statistics frozen.
+
+    Raises FloatingPointError for an observation or a reward that is not finite."""
+    observations, actions, steps = [obs], [], []
+    for _ in range(num_steps):
+        action, env_action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = envs.step(env_action.cpu().numpy())
+        check_finite("an observation of the environment", next_obs)
+        check_finite("a reward of the environment", reward)
+        obs = torch.tensor(next_obs, device=obs.device)
+        observations.append(obs)
+        actions.append(action)
+        steps.append([reward, terminated, terminated | truncated])
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    rewards, terminated, ends = steps.unbind(1)  # [T, N] each
+    valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
+    observations, actions = torch.stack(observations), torch.stack(actions)
+    return Rollout(observations, actions, rewards, terminated, ends, valid)
+
+
+def gae(rollout, values, gamma, lam):
+    """Advantages [T, N] from values [T + 1, N] (Schulman et al. 2016).
+
+    A truncation bootstraps from the value of its last observation; the trace ends at done."""
+    deltas = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
+    advantages = torch.zeros_like(deltas)
+    trace = 0.0
+    for t in reversed(range(len(deltas))):
+        trace = deltas[t] + gamma * lam * (1 - rollout.done[t]) * trace
+        advantages[t] = trace
+    return advantages
+
+
+class Samples(NamedTuple):
+    """The n steps of a rollout that did not only reset, or a block of them."""
+
+    obs: Tensor  # normalised, [n, obs_dim]
+    actions: Tensor  # [n, act_dim]
+    advantages: Tensor  # in units of reward, [n]
+    returns: Tensor  # in PopArt's units, [n]
+    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+
+
+def gather_samples(agent, rollout, advantages, values):
+    """Drop the steps that only reset, renew the running statistics and normalise by them.
+
+    Returns Samples and the policy at them before its updates."""
+    keep = rollout.valid > 0  # [T, N]
+    obs, actions = rollout.obs[:-1][keep], rollout.actions[keep]
+    returns = (advantages + values[:-1])[keep]
+    agent.normalizer.update(obs)
+    agent.popart.update(returns)
+    obs, returns = agent.normalizer(obs), (returns - agent.popart.mean) / agent.popart.std
+    policy = agent.policy(obs)
+    return Samples(obs, actions, advantages[keep], returns, policy.log_prob(actions)), policy
+
+
+def normalized(advantages):
+    """y [B]: the advantages of a block, centred and divided by their root mean square."""
+    centred = advantages - advantages.mean()
+    return centred / (centred.square().mean().sqrt() + 1e-8)
+
+
+def minibatches(samples, count):
+    """The samples in random order, in count blocks of the same size, give or take one."""
+    order = torch.randperm(len(samples.obs), device=samples.obs.device)
+    for rows in order.tensor_split(count):
+        yield Samples(*(column[rows] for column in samples))
+
+
+def fit_critic(args, critic, optimizer, samples):
+    """Regress the critic on the normalised returns; the mean squared error."""
+    losses = []
+    for _ in range(args.critic_epochs):
+        for block in minibatches(samples, args.critic_minibatches):
+            loss = (critic(block.obs) - block.returns).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def adapt_learning_rate(learning_rate, kl, low, largest):
+    """The next rollout's step size: keeps the KL divergence of a rollout in [low, 4 low]."""
+    if kl > 4 * low:
+        return max(learning_rate / 1.5, 1e-4)
+    if kl < low:
+        return min(learning_rate * 1.5, largest)
+    return learning_rate
+
+
+@torch.no_grad()
+def rollout_metrics(agent, old_policy, samples):
+    """How far the updates moved the policy, how good the critic was: over all samples."""
+    policy = agent.policy(samples.obs)
+    variance = samples.returns.var() * agent.popart.std.square()
+    return {
+        "losses/kl": kl_divergence(old_policy, policy).mean(),
+        "losses/entropy": policy.entropy().mean(),
+        "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
+        "losses/advantage_rms": samples.advantages.std(correction=0),
+    }
+
+
+def run_metrics(envs, global_step, started):
+    """Means of the last 100 training episodes (nan before one has ended), and the speed."""
+    seconds = time.time() - started
+    return {
+        "charts/episodic_return": np.mean(envs.return_queue or np.nan),
+        "charts/episodic_length": np.mean(envs.length_queue or np.nan),
+        "charts/SPS": global_step / seconds,
+        "charts/wall_seconds": seconds,
+    }
+
+
+def run_folder(args):
+    """Where checkpoint.pt, progress.csv, config.json and TensorBoard's events of the run are."""
+    return Path(args.output_dir) / args.run_name
+
+
+def save_checkpoint(args, state):
+    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    partial = run_folder(args) / "checkpoint.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, run_folder(args) / "checkpoint.pt")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(args):
+    """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
+    path = run_folder(args) / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        if saved["algorithm"] != ALGORITHM:
+            raise ValueError(
+                f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
+                "resume it there or, where that is this script's old name, rename it back"
+            )
+        saved["args"] = Args(**saved["args"])
+    except Exception as error:  # damage raises anything from EOFError to UnpicklingError
+        fail(f"--resume: cannot use {path} ({type(error).__name__}): {str(error).split('. ')[0]}.")
+    return saved
+
+
+def check_resumed(args, saved):
+    """Refuse arguments that would make it another run, all at once."""
+    may_change = ("total_timesteps", "vectorization", "device", "run_name", "output_dir", "resume")
+    theirs = vars(saved["args"])
+    changed = [n for n, v in vars(args).items() if n not in may_change and v != theirs[n]]
+    if changed:
+        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
+        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
+    if args.total_timesteps < saved["global_step"]:
+        fail(
+            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
+            "give more or leave it out."
+        )
+
+
+def parse_args():
+    """The command line as Args; with --resume, what it leaves out is as the run had it."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args)["args"])
+    return args
+
+
+class Logger:
+    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
+
+    Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
+    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
+
+    def __init__(self, args, step, csv_size):
+        folder = run_folder(args)
+        if args.total_timesteps < args.num_envs * args.num_steps:
+            fail(
+                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
+                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=args.resume)
+            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
+            if fcntl is not None:
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+            (folder / "config.json").write_text(config)
+        except OSError as error:
+            fail(
+                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
+                "--run-name, --resume the run or await its end."
+            )
+        self.csv.truncate(min(csv_size, self.csv.tell()))
+        self.csv.seek(0, os.SEEK_END)
+        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
+
+    def write(self, step, metrics):
+        """A point a tag and a row, whose columns are what follows the tags' slashes.
+
+        Raises FloatingPointError for a value that is not finite, but for those of charts/."""
+        row = {"global_step": step}
+        for tag, value in metrics.items():
+            value = float(value)
+            group, column = tag.split("/")
+            if group != "charts":
+                check_finite(tag, value)
+            row[column.lower()] = value
+            self.events.add_scalar(tag, value, step)
+        self.events.flush()
+        if self.csv.tell() == 0:
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv, flush=True)
+        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
+        self.bar.update(step - self.bar.n)
+
+    def close(self):
+        """Close the files, which ends the lock."""
+        for part in (self.csv, self.events, self.bar):
+            part.close()
+
+
+@contextmanager
+def one_sentence(args):
+    """Whatever ends the run within, end it with one sentence and the way to continue it.
+
+    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
+
+    def end(sentence, code):
+        if (run_folder(args) / "checkpoint.pt").exists():
+            fail(
+                f"{sentence}; continue with --resume --run-name {args.run_name} "
+                f"--output-dir {args.output_dir}.",
+                code,
+            )
+        fail(f"{sentence}.")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        end(f"{type(error).__name__}: {error} ({where})", 1)
+
+
+# ---- The algorithm's core: a score, Sherman-Morrison -------------------------------------------
+
+
+def flatten(tensors):
     """All elements in one vector [p]."""
     return torch.cat([t.flatten() for t in tensors])
 
 
-def unflatten(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
+def unflatten(vector, like):
     """The inverse: vector [p] in tensors of the shapes of like."""
-    return [v.view_as(t) for v, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
+    parts = vector.split([t.numel() for t in like])
+    return [part.view_as(t) for part, t in zip(parts, like)]
 
 
-def rank1_direction(gradient: Tensor, score: Tensor, damping: float) -> Tensor:
-    """(damping I + u u^T)^-1 g = (g - u (u^T g) / (damping + u^T u)) / damping, all flat [p], u = score, g = gradient.
-
-    Raises FloatingPointError where the result is not finite."""
-    along = (score @ gradient) / (damping + score @ score)
-    direction = (gradient - along * score) / damping
-    if not direction.isfinite().all():
-        raise FloatingPointError("the rank-1 direction is not finite: bad scores or advantages, low damping")
-    return direction
-
-
-# Rollout and generalised advantage estimation
-class Collector:
-    """Steps the environments; holds what outlives a rollout: last observations, done flags, running episodes."""
-
-    def __init__(self, envs: gym.vector.VectorEnv, obs: np.ndarray):
-        self.envs, self.obs, self.done = envs, obs, np.zeros(len(obs), dtype=bool)
-        self.running = np.zeros((len(obs), 2))  # return and length so far
-        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
-
-    def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
-        """T = num_steps steps of all N environments with the observation statistics frozen.
-
-        Returns raw obs [T + 1, N, obs_dim], actions [T, N, act_dim], and rewards, terminated, done (terminated or
-        truncated), valid (0 where the step only reset) [T, N]. Raises FloatingPointError at values not finite."""
-        obs, actions, steps = [torch.as_tensor(self.obs, dtype=torch.float32, device=device)], [], []
-        for _ in range(num_steps):
-            valid = ~self.done
-            action, env_action = agent.act(obs[-1])
-            self.obs, reward, terminated, truncated, _ = self.envs.step(env_action.cpu().numpy())
-            for name, value in (("an observation", self.obs), ("a reward", reward)):
-                if not np.isfinite(value).all():
-                    raise FloatingPointError(f"the environment returned {name} that is not finite")
-            self.done = terminated | truncated
-            self.running += np.stack([reward * valid, valid], 1)
-            self.finished.extend(map(tuple, self.running[self.done].tolist()))
-            self.running[self.done] = 0
-            actions.append(action)
-            obs.append(torch.as_tensor(self.obs, dtype=torch.float32, device=device))
-            steps.append(np.stack([reward, terminated, self.done, valid]))
-        steps = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)  # [4, T, N]
-        return torch.stack(obs), torch.stack(actions), *steps
-
-
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
-    advantages, trace = torch.zeros_like(rewards), 0.0
-    deltas = rewards + gamma * values[1:] * (1 - terminated) - values[:-1]
-    for t in reversed(range(len(deltas))):
-        advantages[t] = trace = deltas[t] + gamma * lam * (1 - done[t]) * trace
-    return advantages
-
-
-# Checkpoint and logging
-def load_checkpoint(args: Args, path: Path) -> dict:
-    """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
-    except Exception as error:
-        fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
-    free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
-    for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
-            fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
-    return saved
-
-
-class Logger:
-    """progress.csv, TensorBoard events and the progress bar (a line every 5 % where stderr is no terminal)."""
-
-    def __init__(self, folder: Path, step: int, total: int):
-        path, self.total, self.printed = folder / "progress.csv", total, step
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
-        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row and one point a tag; metrics maps tag to value, the column is what follows the slash."""
-        row = {"global_step": step} | {tag.split("/")[1].lower(): value for tag, value in metrics.items()}
-        if os.path.getsize(self.csv.name) == 0:
-            print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv)
-        for tag, value in metrics.items():
-            self.events.add_scalar(tag, value, step)
-        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and (step - self.printed) * 20 >= self.total:
-            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
-            self.printed = step
-
-
-# Training
-def main(args: Args) -> None:
-    """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
-    check_args(args)
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
-    checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(args, checkpoint) if args.resume else {}
-    stop = []  # holds the signal that asked for the end; async workers inherit the handler, so Ctrl-C leaves them alive
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    torch.manual_seed(args.seed)
-    batch_size = args.num_envs * args.num_steps
-    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
-    learning_rate = saved.get("learning_rate", args.learning_rate)
-    envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
-    collector = Collector(envs, obs)
-    agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
-    actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
+@torch.no_grad()
+def move(actor, step):
+    """theta = theta + step [p]."""
     parameters = list(actor.parameters())
+    for p, change in zip(parameters, unflatten(step, parameters)):
+        p.add_(change)
+
+
+def policy_gradient(actor, block):
+    """g [p] = H^T Sigma y, the gradient of mean(w log pi(a|s) y) with the ratios w held fixed."""
+    y = normalized(block.advantages)
+    log_prob = actor(block.obs).log_prob(block.actions)  # [B]
+    ratio = (log_prob.detach() - block.log_prob).exp().clamp(0.1, 10)  # w
+    return flatten(torch.autograd.grad((ratio * y * log_prob).mean(), list(actor.parameters())))
+
+
+def block_score(actor, block, score):
+    """u [p] of F = u u^T: the score of one random sample of the block, or the mean of all."""
+    rows = slice(None)
+    if score == "sample":
+        rows = torch.randint(len(block.obs), (1,), device=block.obs.device)
+    log_prob = actor(block.obs[rows]).log_prob(block.actions[rows]).mean()
+    return flatten(torch.autograd.grad(log_prob, list(actor.parameters())))
+
+
+def rank1_direction(gradient, score, damping):
+    """d [p] = (damping I + u u^T)^-1 g, with u = score [p] and g = gradient [p].
+
+    Sherman & Morrison: d = (g - u (u^T g) / (damping + u^T u)) / damping.
+    Raises FloatingPointError where it is not finite."""
+    along = (score @ gradient) / (damping + score @ score)
+    d = (gradient - along * score) / damping
+    if not d.isfinite().all():
+        raise FloatingPointError(
+            "the rank-1 direction is not finite: "
+            "scores or advantages are bad, or damping is too low"
+        )
+    return d
+
+
+# ---- Training --------------------------------------------------------------------------------
+
+
+def main(args: Args):
+    """Train. A checkpoint of the last whole iteration is always on the disk."""
+    saved = {}
+    if args.resume:
+        saved = load_checkpoint(args)
+        check_resumed(args, saved)
+    batch_size = args.num_envs * args.num_steps
+    global_step = saved.get("global_step", 0)
+    learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
+    started = time.time() - saved.get("wall_seconds", 0.0)
+    envs, obs = make_envs(args, seed_generators(args, global_step))
+    obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
+    done = torch.zeros(args.num_envs, device=args.device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
+    actor, critic = agent.policy, agent.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        collector.finished.extend(saved["episodes"])
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-    try:
-        folder.mkdir(parents=True, exist_ok=args.resume)
-        (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
-        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
-    except OSError as error:
-        fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
+        envs.return_queue.extend(saved["episodes"][0])
+        envs.length_queue.extend(saved["episodes"][1])
+    logger = Logger(args, global_step, saved.get("csv_size", 0))
+    task = getattr(envs.spec, "id", args.env_id)  # with the version that was made
+    print(f"{task}: tensorboard --logdir {run_folder(args)}", file=sys.stderr)
 
-    def state() -> dict:
-        return {
-            "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }  # fmt: skip
+    def save():
+        """All that a resumed run needs; its environments start new episodes."""
+        state = {
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "learning_rate": learning_rate,
+            "global_step": global_step,
+            "wall_seconds": time.time() - started,
+            "csv_size": logger.csv.tell(),
+            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
+        }
+        save_checkpoint(args, state)
 
-    def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on reach the operating system before it
-        with open(checkpoint.with_suffix(".partial"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
+    save()
+    while global_step + batch_size <= args.total_timesteps:
+        # Rollout, advantages, samples
+        rollout = collect(envs, agent, obs, done, args.num_steps)
+        obs, done = rollout.obs[-1], rollout.done[-1]
+        global_step += batch_size
+        with torch.no_grad():
+            values = agent.value(rollout.obs)  # [T + 1, N]
+            advantages = gae(rollout, values, args.gamma, args.gae_lambda)
+            samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
-    save(state())
-    while global_step + batch_size <= args.total_timesteps and not stop:
-        last_good, phase = copy.deepcopy(state()), "rollout"
-        try:
-            global_step += batch_size
-            obs, actions, rewards, terminated, done, valid = collector.collect(agent, args.num_steps, device)
-            with torch.no_grad():
-                values = critic(agent.normalizer(obs)) * popart.std + popart.mean  # [T + 1, N]
-                advantages = gae(rewards, values, terminated, done, args.gamma, args.gae_lambda)  # [T, N]
-                returns, valid = (advantages + values[:-1]).flatten(), valid.flatten()  # flat from here on
-                obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
-                popart.update(returns[valid > 0])
-                returns = (returns - popart.mean) / popart.std
-                agent.normalizer.update(obs[valid > 0])
-                obs = agent.normalizer(obs)
-                old_actor = copy.deepcopy(actor)
-                old_log_prob = old_actor(obs).log_prob(actions)
-            norms, size = [], batch_size // args.num_minibatches
-            shuffles = [torch.randperm(batch_size, device=device) for _ in range(args.update_epochs)]
-            for block in torch.cat(shuffles).split(size):
-                phase = f"actor update {len(norms) + 1}"
-                share = valid[block] / valid[block].sum().clamp(min=1)  # x @ share: mean of x [B] over valid samples
-                y = advantages[block] - advantages[block] @ share
-                rms = (y.square() @ share).sqrt() + 1e-8
-                log_prob = actor(obs[block]).log_prob(actions[block])  # [B]
-                weights = (log_prob.detach() - old_log_prob[block]).exp().clamp(0.1, 10) * share  # [B]
-                one = (torch.rand_like(share) * share).argmax()  # any valid sample with the same probability
-                chosen = log_prob.take(one) if args.score == "sample" else log_prob @ share
-                u = flatten(torch.autograd.grad(chosen, parameters, retain_graph=True))  # [p]
-                g = flatten(torch.autograd.grad(log_prob @ (weights * y / rms), parameters))  # [p]
+        # Actor
+        norms = []
+        for _ in range(args.update_epochs):
+            for block in minibatches(samples, args.num_minibatches):
+                g = policy_gradient(actor, block)  # [p]
+                u = block_score(actor, block, args.score)  # [p]
                 d = rank1_direction(g, u, args.damping)  # [p]
-                eta = learning_rate * (args.max_grad_norm / (d.norm() + 1e-6)).clamp(max=1)
-                with torch.no_grad():
-                    torch._foreach_add_(parameters, unflatten(eta * d, parameters))
+                factor = (args.max_grad_norm / (d.norm() + 1e-6)).clamp(max=1)
+                move(actor, learning_rate * factor * d)
                 norms.append(d.norm())
-            with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
-                policy = actor(obs[block])
-                log_ratio = policy.log_prob(actions[block]) - old_log_prob[block]  # [B]
-                explained = 1 - advantages[valid > 0].var() / returns[valid > 0].var() / popart.std**2
-                metrics = {
-                    "npg/kl": kl_divergence(old_actor(obs[block]), policy) @ share,
-                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # the same, sampled
-                    "losses/entropy": policy.entropy() @ share,
-                    "losses/explained_variance": explained,
-                    "npg/direction_norm": torch.stack(norms).mean(),
-                    "npg/score_norm": u.norm(),  # of the last update; its square to hold against damping
-                    "npg/ratio_max": torch.where(share > 0, log_ratio, -torch.inf).max().exp(),
-                    "npg/advantage_rms": rms,
-                }
 
-            phase, losses = "critic updates", []
-            for _ in range(args.critic_epochs):
-                for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
-                    share = valid[block] / valid[block].sum().clamp(min=1)
-                    loss = (critic(obs[block]) - returns[block]).square() @ share
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
-                    optimizer.step()
-                    losses.append(loss.detach())
-            metrics["losses/value_loss"] = torch.stack(losses).mean()
-            metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            for tag in ("npg/kl", "losses/entropy", "npg/direction_norm", "losses/value_loss"):
-                if not math.isfinite(metrics[tag]):
-                    raise FloatingPointError(f"{tag} is not finite")
-        except FloatingPointError as error:
-            save(last_good)
-            fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
+        # Critic
+        value_loss = fit_critic(args, critic, optimizer, samples)
 
-        wall_seconds = time.time() - started
-        episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
-        metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
-        metrics |= {"charts/learning_rate": learning_rate, "npg/damping": args.damping}
-        metrics |= {"charts/SPS": global_step / wall_seconds, "charts/wall_seconds": wall_seconds}
+        # Metrics, step size, checkpoint
+        metrics = rollout_metrics(agent, old_policy, samples)
+        metrics |= run_metrics(envs, global_step, started)
+        metrics["charts/learning_rate"] = learning_rate
+        metrics["losses/value_loss"] = value_loss
+        metrics["npg/direction_norm"] = torch.stack(norms).mean()  # before the clip
+        metrics["npg/score_norm"] = u.norm()  # of the last block; squared: against damping
         logger.write(global_step, metrics)
-        factor = 1 / 1.5 if metrics["npg/kl"] > 0.016 else 1.5 if metrics["npg/kl"] < 0.004 else 1
-        learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
-        if global_step // batch_size % args.checkpoint_interval == 0:
-            save(state())
-    save(state())
-    for part in (envs, logger.bar, logger.csv, logger.events):
-        part.close()
-    episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
-    print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
-        fail(f"stopped by signal {stop[0]}, continue with --resume --run-name {args.run_name}.", 128 + stop[0])
+        kl = metrics["losses/kl"].item()
+        learning_rate = adapt_learning_rate(learning_rate, kl, 0.004, args.learning_rate)
+        save()
+
+    logger.close()
+    envs.close()
+    result = np.mean(envs.return_queue or np.nan)
+    print(
+        f"{task}: episodic_return {result:.1f} in training, with noise; "
+        f"without: python enjoy.py {run_folder(args) / 'checkpoint.pt'}"
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args()
+    with one_sentence(arguments):
+        main(arguments)

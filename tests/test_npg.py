@@ -1,10 +1,13 @@
-"""Fisher-vector products, conjugate gradients, line search and rank-1 step against dense float64 formulas."""
+"""Fisher-vector products, conjugate gradients, TRPO and the rank-1 step against dense formulas."""
 
 import copy
+import importlib
 
+import numpy as np
 import pytest
 import torch
-from conftest import flat, learn, read_csv, score_matrix, train
+from conftest import flat, learn, read_csv, same, score_matrix, train
+from recording import check_critic, check_statistics, log_prob, recompute, record
 from torch import nn
 from torch.distributions import Categorical, kl_divergence
 from torch.func import functional_call, jacrev
@@ -13,6 +16,9 @@ from torch.nn.functional import cosine_similarity
 import npg_cg
 import npg_rank1
 import rat_continuous as rat
+
+SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
+both_policies = pytest.mark.parametrize("kind", ["gaussian", "categorical"])
 
 
 class Discrete(nn.Module):
@@ -23,246 +29,384 @@ class Discrete(nn.Module):
         self.net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
 
     def forward(self, obs):
-        return Categorical(logits=self.net(obs), validate_args=False)
+        return Categorical(logits=self.net(obs))
 
 
-def problem(kind, samples=300, seed=0):
-    """A policy away from its initialisation, observations, actions sampled from it, advantages they explain in part."""
-    torch.manual_seed(seed)
+def problem(kind, samples=300):
+    """A policy away from its initialisation and Samples of it, whose advantages it can explain."""
+    torch.manual_seed(0)
     actor = npg_cg.Actor(4, 2, 16) if kind == "gaussian" else Discrete()
     for p in actor.parameters():
         p.data += 0.1 * torch.randn_like(p)
     obs = torch.randn(samples, 4)
     with torch.no_grad():
-        actions = actor(obs).sample()
-    y = torch.randn(samples) - (actions.view(samples, -1) - obs[:, :1]).square().sum(1)
-    return actor, obs, actions, (y - y.mean()) / y.std()
+        policy = actor(obs)
+        actions = policy.sample()
+    distance = (actions.view(samples, -1) - obs[:, :1]).square().sum(1)
+    y = npg_cg.normalized(torch.randn(samples) - distance)
+    return actor, npg_cg.Samples(obs, actions, y, y, policy.log_prob(actions))
+
+
+def jacobian(actor, obs, quantity):
+    """d quantity / d theta, one row for each sample and action dimension: [B * act_dim, p]."""
+    named = {name: p.detach() for name, p in actor.named_parameters()}
+    rows = jacrev(lambda named: quantity(functional_call(actor, named, obs)))(named)
+    return torch.cat([rows[name].flatten(2) for name in named], 2).flatten(0, 1)
 
 
 def fisher(actor, obs):
-    """F [p, p] in float64: for a Gaussian J^T diag(1 / sigma^2, 2) J with the Jacobian J of mean and log sigma, for a
-    Categorical sum_a pi(a|s) h h^T with the scores h of all actions; the mean over obs."""
-    actor, obs = copy.deepcopy(actor).double(), obs.double()
-    named = {name: p.detach() for name, p in actor.named_parameters()}
-    if isinstance(policy := actor(obs), Categorical):
-        parts = [
-            (policy.probs[:, a].detach(), score_matrix(actor, obs, torch.full((len(obs),), a)))
-            for a in range(policy.probs.shape[1])
-        ]
-        return sum((p[:, None] * h).T @ h for p, h in parts) / len(obs)
+    """F [p, p] in float64, the mean over obs by the textbook's formulas.
 
-    def jacobian(quantity):
-        rows = jacrev(lambda named: quantity(functional_call(actor, named, obs)))(named)
-        return torch.cat([rows[name].flatten(2) for name in named], 2).flatten(0, 1)  # [B * act_dim, p]
-
-    mean, log_std = jacobian(lambda policy: policy.mean), jacobian(lambda policy: policy.stddev.log())
-    precision = policy.variance.detach().flatten()[:, None].reciprocal()
+    Gaussian: J^T diag(1 / sigma^2, 2) J, with the Jacobian J of mean and log sigma.
+    Categorical: sum_a pi(a|s) h h^T, with the scores h of all actions."""
+    actor = copy.deepcopy(actor).double()
+    obs = obs.double()
+    policy = actor(obs)
+    if isinstance(policy, Categorical):
+        total = 0.0
+        for a, probability in enumerate(policy.probs.detach().unbind(1)):
+            h = score_matrix(actor, obs, torch.full((len(obs),), a))
+            total = total + (probability[:, None] * h).T @ h
+        return total / len(obs)
+    mean = jacobian(actor, obs, lambda policy: policy.mean)
+    log_std = jacobian(actor, obs, lambda policy: policy.stddev.log())
+    precision = 1 / policy.variance.detach().flatten()[:, None]
     return ((precision * mean).T @ mean + 2 * log_std.T @ log_std) / len(obs)
 
 
-def surrogate_gradient(actor, obs, actions, y):
-    log_prob = actor(obs).log_prob(actions)
-    return flat(torch.autograd.grad((log_prob * y).mean(), list(actor.parameters())))
+def damped(matrix, damping):
+    return matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
 
 
 def relative(x, reference):
     return ((x.double() - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def spy(monkeypatch, module, name):
+    """(arguments, result) of all calls of module's function from here on."""
+    original = getattr(module, name)
+    calls = []
+
+    def recorded(*arguments):
+        result = original(*arguments)
+        calls.append((arguments, result))
+        return result
+
+    monkeypatch.setattr(module, name, recorded)
+    return calls
+
+
+def rows(folder, script, *options):
+    """progress.csv of a small run, as numbers."""
+    train(script, *SMALL, "--output-dir", folder, "--run-name", "x", *options)
+    return [{name: float(value) for name, value in row.items()} for row in read_csv(folder / "x")]
+
+
+# ---- Gradient, Fisher-vector product, conjugate gradients ------------------------------------
+
+
+@both_policies
+def test_policy_gradient_is_scores_times_weighted_advantages(kind):
+    """H^T Sigma y, with ratios on both sides of their bounds, 0.1 and 10."""
+    actor, block = problem(kind)
+    log_ratio = 2 * torch.randn(len(block.obs))
+    block = block._replace(log_prob=block.log_prob - log_ratio, advantages=7 + block.advantages)
+    assert log_ratio.exp().min() < 0.1
+    assert log_ratio.exp().max() > 10
+    w = log_ratio.exp().clamp(0.1, 10).double()
+    y = (block.advantages - block.advantages.mean()).double()
+    y = y / y.square().mean().sqrt()
+    expected = score_matrix(actor, block.obs, block.actions).T @ (w * y) / len(y)
+    assert relative(npg_cg.policy_gradient(actor, block), expected) < 1e-4
+
+
+@both_policies
 def test_fisher_product_is_the_explicit_one_symmetric_and_positive(kind):
-    actor, obs, *_ = problem(kind)
-    product, dense = npg_cg.fisher_product(actor, obs), fisher(actor, obs)
+    actor, block = problem(kind)
+    product = npg_cg.fisher_product(actor, block.obs)
+    dense = fisher(actor, block.obs)
     vectors = torch.randn(6, len(dense))
     images = [product(v) for v in vectors]
-    for v, image in zip(vectors, images, strict=True):
+    for v, image in zip(vectors, images):
         assert relative(image, dense @ v.double()) < 1e-5
         assert v @ image > 0
-        for u, other in zip(vectors, images, strict=True):
+        for u, other in zip(vectors, images):
             assert abs(u @ image - v @ other) < 1e-5 * u.norm() * image.norm()
 
 
+def test_conjugate_gradients_are_best_in_their_krylov_space():
+    """After k iterations: the minimiser of x^T A x / 2 - b^T x over span(b, A b, ... A^(k-1) b)."""
+    torch.manual_seed(0)
+    root = torch.randn(12, 12, dtype=torch.float64)
+    matrix = damped(root @ root.T / 12, 0.1)
+    b = torch.randn(12, dtype=torch.float64)
+    powers = [b]
+    for k in range(1, 6):
+        basis, _ = torch.linalg.qr(torch.stack(powers, 1))  # [12, k]
+        best = basis @ torch.linalg.solve(basis.T @ matrix @ basis, basis.T @ b)
+        x = npg_cg.conjugate_gradients(lambda v: matrix @ v, b, k)
+        torch.testing.assert_close(x, best, rtol=1e-8, atol=1e-8)
+        powers.append(matrix @ powers[-1])
+
+
+def test_conjugate_gradients_end_at_a_small_residual():
+    products = []
+
+    def double(v):
+        products.append(v)
+        return 2 * v
+
+    b = torch.ones(3)
+    assert torch.equal(npg_cg.conjugate_gradients(double, b, 10), b / 2)
+    assert len(products) == 1
+    assert torch.equal(npg_cg.conjugate_gradients(double, 1e-6 * b, 10), 0 * b)
+    assert len(products) == 1
+
+
 @pytest.mark.parametrize("damping", [0.01, 0.1])
-@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
-def test_conjugate_gradients_solve_the_dense_system(kind, damping):
-    actor, obs, actions, y = problem(kind)
-    g, dense = surrogate_gradient(actor, obs, actions, y), fisher(actor, obs)
-    damped = dense + damping * torch.eye(len(dense)).double()
-    d = npg_cg.natural_gradient(actor, obs, g, damping, 300)
-    assert relative(d, torch.linalg.solve(damped, g.double())) < 1e-3
-    residuals = []
+@both_policies
+def test_natural_gradient_solves_the_dense_system(kind, damping):
+    actor, block = problem(kind)
+    g = npg_cg.policy_gradient(actor, block)
+    dense = damped(fisher(actor, block.obs), damping)
+    d = npg_cg.natural_gradient(actor, block.obs, g, damping, 300)
+    assert relative(d, torch.linalg.solve(dense, g.double())) < 1e-3
+    left = []
     for iterations in (1, 3, 10):
-        d = npg_cg.natural_gradient(actor, obs, g, damping, iterations)
-        assert (d @ g).item() == pytest.approx((d.double() @ damped @ d.double()).item(), rel=0.02)  # main counts on it
-        residuals.append(relative(damped @ d.double(), g.double()))
-    assert residuals[2] < residuals[1] < residuals[0] < 1
-
-
-def test_reset_steps_change_nothing():
-    actor, obs, actions, y = problem("gaussian")
-    valid = (torch.rand(len(obs)) > 0.3).float()
-    kept = valid > 0
-    g = surrogate_gradient(actor, obs[kept], actions[kept], y[kept])
-    expected = npg_cg.natural_gradient(actor, obs[kept], g, 0.1, 10)
-    obs[~kept] = 50.0
-    assert relative(npg_cg.natural_gradient(actor, obs, g, 0.1, 10, valid), expected.double()) < 1e-4
+        d = npg_cg.natural_gradient(actor, block.obs, g, damping, iterations)
+        curvature = (d.double() @ dense @ d.double()).item()
+        assert (d @ g).item() == pytest.approx(curvature, rel=0.02)  # the step sizes count on it
+        left.append(relative(dense @ d.double(), g.double()))
+        mine = npg_cg.relative_residual(actor, block.obs, damping, g, d).item()
+        assert mine == pytest.approx(left[-1], rel=1e-3)
+    assert left[2] < left[1] < left[0] < 1
 
 
 @pytest.mark.parametrize("broken", ["obs", "gradient"])
 def test_values_that_are_not_finite_raise(broken):
-    actor, obs, actions, y = problem("gaussian")
-    g = surrogate_gradient(actor, obs, actions, y)
-    {"obs": obs, "gradient": g}[broken].view(-1)[3] = torch.nan
+    actor, block = problem("gaussian")
+    g = npg_cg.policy_gradient(actor, block)
+    {"obs": block.obs, "gradient": g}[broken].view(-1)[3] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        npg_cg.natural_gradient(actor, obs, g, 0.1, 10)
+        npg_cg.natural_gradient(actor, block.obs, g, 0.1, 10)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+@both_policies
 def test_rat_is_the_empirical_fisher_solve(kind):
-    actor, obs, actions, y = problem(kind)
-    scores = score_matrix(actor, obs, actions)
-    damped = scores.T @ scores / len(obs) + 0.1 * torch.eye(scores.shape[1]).double()
-    expected = torch.linalg.solve(damped, surrogate_gradient(actor, obs, actions, y).double())
-    assert relative(flat(rat.rat_direction(actor, obs, actions, y, torch.ones(len(obs)), 0.1)), expected) < 1e-4
+    actor, block = problem(kind)
+    scores = score_matrix(actor, block.obs, block.actions)
+    g = npg_cg.policy_gradient(actor, block).double()
+    expected = torch.linalg.solve(damped(scores.T @ scores / len(scores), 0.1), g)
+    ones = torch.ones(len(scores))
+    found = rat.rat_direction(actor, block.obs, block.actions, block.advantages, ones, 0.1)
+    assert relative(flat(found), expected) < 1e-4
 
 
 def test_rat_and_conjugate_gradients_agree_in_the_limit_of_many_samples():
-    """With actions from the policy the empirical Fisher goes to the Fisher: the claim that RAT rests on."""
+    """With actions from the policy the empirical Fisher goes to the Fisher: RAT's claim."""
     cosines = []
     for samples in (64, 512, 4096):
-        actor, obs, actions, y = problem("gaussian", samples)
-        g = surrogate_gradient(actor, obs, actions, y)
-        mine = npg_cg.natural_gradient(actor, obs, g, 0.1, 100)
-        rats = flat(rat.rat_direction(actor, obs, actions, y, torch.ones(samples), 0.1))
-        cosines.append(cosine_similarity(mine, rats, dim=0).item())
-    assert cosines[0] < cosines[1] < cosines[2] and cosines[2] >= 0.95
+        actor, block = problem("gaussian", samples)
+        g = npg_cg.policy_gradient(actor, block)
+        mine = npg_cg.natural_gradient(actor, block.obs, g, 0.1, 100)
+        ones = torch.ones(samples)
+        rats = rat.rat_direction(actor, block.obs, block.actions, block.advantages, ones, 0.1)
+        cosines.append(cosine_similarity(mine, flat(rats), dim=0).item())
+    assert cosines[0] < cosines[1] < cosines[2]
+    assert cosines[2] >= 0.95
     assert cosine_similarity(mine, g, dim=0) < 0.8  # and the plain gradient points elsewhere
 
 
-def test_rank1_direction_is_the_dense_inverse():
-    torch.manual_seed(0)
-    for damping in (1e-3, 0.1, 10):
-        g, u = torch.randn(2, 40, dtype=torch.float64)
-        dense = torch.outer(u, u) + damping * torch.eye(40).double()
-        assert relative(npg_rank1.rank1_direction(g, u, damping), torch.linalg.solve(dense, g)) < 1e-6
-    with pytest.raises(FloatingPointError, match="not finite"):
-        npg_rank1.rank1_direction(g * torch.nan, u, 0.1)
+# ---- Step sizes, TRPO ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+@both_policies
 def test_line_search_keeps_to_its_bounds(kind, target_kl=0.01):
-    """Random directions and the natural one, over seven decades: never above target_kl, never worse, else untouched."""
-    actor, obs, actions, y = problem(kind)
-    share = torch.full_like(y, 1 / len(y))
-    g = surrogate_gradient(actor, obs, actions, y)
-    natural = npg_cg.natural_gradient(actor, obs, g, 0.1, 15)
-    accepted = []
+    """Random directions, the gradient and the natural one, over seven decades of length."""
+    actor, block = problem(kind)
+    before = copy.deepcopy(actor.state_dict())
+    g = npg_cg.policy_gradient(actor, block)
+    natural = npg_cg.natural_gradient(actor, block.obs, g, 0.1, 15)
+    y = block.advantages
+    factors = []
+
+    def acceptable(step):
+        moved = copy.deepcopy(actor)
+        npg_cg.move(moved, step)
+        with torch.no_grad():
+            policy = moved(block.obs)
+            ratio = (policy.log_prob(block.actions) - block.log_prob).exp()
+            kl = kl_divergence(actor(block.obs), policy).mean()
+        return kl <= target_kl and (ratio * y).mean() > y.mean()
+
     for direction in (natural, g, *torch.randn(8, len(g))):
-        for scale in 10.0 ** torch.arange(-4, 3):
-            moved = copy.deepcopy(actor)
+        for scale in 10.0 ** torch.arange(-3, 3):
             step = scale * direction / direction.norm()
-            factor = npg_cg.line_search(moved, step, (obs, actions, y, share), target_kl)
-            accepted.append(factor)
-            if factor == 0:
-                assert all(torch.equal(a, b) for a, b in zip(moved.parameters(), actor.parameters(), strict=True))
-                continue
-            torch.testing.assert_close(flat(moved.parameters()), flat(actor.parameters()) + factor * step)
-            with torch.no_grad():
-                old, new = actor(obs), moved(obs)
-                assert kl_divergence(old, new).mean() <= target_kl * (1 + 1e-5)
-                assert ((new.log_prob(actions) - old.log_prob(actions)).exp() * y).mean() > y.mean()
-    assert 0 in accepted and 1 in accepted and any(0 < factor < 1 for factor in accepted)
+            factor = npg_cg.line_search(actor, block, step, target_kl)
+            first = [0.8**k for k in range(10) if acceptable(0.8**k * step)][:1]
+            assert [factor] == (first or [0.0])
+            factors.append(factor)
+    assert {0.0, 1.0} < set(factors)
+    assert same(actor.state_dict(), before)
 
 
 @pytest.mark.parametrize("scale", [-1.0, -1e-3, 0.0, torch.nan])
-def test_a_direction_that_cannot_improve_changes_no_bit(scale):
-    actor, obs, actions, y = problem("gaussian")
-    before = copy.deepcopy(actor)
-    step = scale * surrogate_gradient(actor, obs, actions, y)
-    assert npg_cg.line_search(actor, step, (obs, actions, y, torch.full_like(y, 1 / len(y))), 0.01) == 0
-    assert all(torch.equal(a, b) for a, b in zip(actor.parameters(), before.parameters(), strict=True))
+def test_a_direction_that_cannot_improve_is_not_taken(scale):
+    actor, block = problem("gaussian")
+    step = scale * npg_cg.policy_gradient(actor, block)
+    assert npg_cg.line_search(actor, block, step, 0.01) == 0
 
 
-SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
-
-
-def rows(tmp_path, *options):
-    train("npg_cg", *SMALL, "--output-dir", tmp_path, "--run-name", "x", *options)
-    return [{name: float(value) for name, value in row.items()} for row in read_csv(tmp_path / "x")]
+def test_trpo_step_goes_to_the_bound_of_the_quadratic_model(monkeypatch):
+    """eta^2 d^T (F + lambda I) d / 2 = delta, of which F's part is the KL divergence, nearly."""
+    actor, block = problem("gaussian")
+    args = npg_cg.Args(line_search=True, target_kl=1e-6, damping=1e-3)
+    g = npg_cg.policy_gradient(actor, block)
+    d = npg_cg.natural_gradient(actor, block.obs, g, args.damping, 300)
+    searched = spy(monkeypatch, npg_cg, "line_search")
+    eta = npg_cg.trpo_step_size(args, actor, block, g, d)
+    (_, _, step, target_kl), factor = searched[0]
+    dense = damped(fisher(actor, block.obs), args.damping)
+    full = (2 * target_kl / (d.double() @ dense @ d.double())).sqrt()
+    assert target_kl == args.target_kl
+    assert relative(step, full * d.double()) < 1e-3
+    assert relative(eta, full * factor) < 1e-3
+    actor, obs = actor.double(), block.obs.double()
+    moved = copy.deepcopy(actor)
+    npg_cg.move(moved, step.double())
+    kl = kl_divergence(actor(obs), moved(obs)).mean()
+    model = kl + args.damping * step.square().sum() / 2
+    assert model.item() == pytest.approx(target_kl, rel=0.02)
 
 
 def test_trpo_learns_inverted_pendulum(tmp_path):
     """As test_runs.py's test of the same name, after 30k steps."""
-    arguments = [*SMALL, "--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 64, "--cg-iterations", 15]
-    assert learn(tmp_path, "npg_cg", *arguments, "--line-search") >= 150
+    arguments = [*SMALL, "--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 64]
+    more = ["--cg-iterations", 15, "--line-search"]
+    assert learn(tmp_path, "npg_cg", *arguments, *more) >= 150
 
 
-def test_trpo_keeps_every_update_within_target_kl(tmp_path):
-    found = rows(tmp_path, "--total-timesteps", 640, "--line-search", "--target-kl", 0.003)
+def test_trpo_takes_one_step_a_rollout_within_target_kl(tmp_path, monkeypatch):
+    searched = spy(monkeypatch, npg_cg, "line_search")
+    options = ["--total-timesteps", 640, "--line-search", "--target-kl", 0.003]
+    found = rows(tmp_path, "npg_cg", *options, "--update-epochs", 3, "--num-minibatches", 2)
+    assert len(searched) == len(found) == 10
     assert all(row["kl"] <= 0.003 * (1 + 1e-3) for row in found)
     assert sum(row["kl"] > 0.001 and row["step_size"] > 0 for row in found) >= 8
+    assert {row["learning_rate"] for row in found} == {npg_cg.Args.learning_rate}
+
+
+@pytest.mark.parametrize(("options", "iterations"), [({}, 10), ({"line_search": True}, 15)])
+def test_iterations_of_a_solve_by_default(options, iterations):
+    assert npg_cg.Args(**options).cg_iterations == iterations
+    assert npg_cg.Args(**options, cg_iterations=7).cg_iterations == 7
 
 
 @pytest.mark.parametrize("clip", ["fisher", "l2", "none"])
-def test_clip_bounds_the_step(clip, tmp_path, monkeypatch):
-    """Of the one update of each rollout, for its recorded gradient g and direction d; fisher: d^T g without a root."""
-    original, seen = npg_cg.natural_gradient, []
-
-    def recorded(actor, obs, gradient, *arguments):
-        seen.append((gradient, original(actor, obs, gradient, *arguments)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(npg_cg, "natural_gradient", recorded)
-    one = ["--num-minibatches", 1, "--update-epochs", 1, "--cg-iterations", 2]
-    found = rows(tmp_path, "--total-timesteps", 128, *one, "--clip", clip, "--max-grad-norm", 0.01)
-    for row, (g, d) in zip(found, seen, strict=True):
-        length = {"fisher": (d @ g).item(), "l2": d.norm().item(), "none": 0}[clip]
-        assert row["step_size"] == pytest.approx(row["learning_rate"] * min(1, 0.01 / (length + 1e-6)), rel=1e-4)
-        assert clip == "none" or row["step_size"] < 0.5 * row["learning_rate"]
+@pytest.mark.parametrize("bound", [0.01, 100.0])
+def test_clip_bounds_the_step(clip, bound):
+    """fisher: d^T (F + lambda I) d, without a root."""
+    actor, block = problem("gaussian")
+    args = npg_cg.Args(clip=clip, max_grad_norm=bound)
+    g = npg_cg.policy_gradient(actor, block)
+    d = npg_cg.natural_gradient(actor, block.obs, g, args.damping, args.cg_iterations)
+    dense = damped(fisher(actor, block.obs), args.damping)
+    curvature = (d.double() @ dense @ d.double()).item()
+    length = {"fisher": curvature, "l2": d.norm().item(), "none": 0.0}[clip]
+    expected = 0.03 * min(1, bound / (length + 1e-6))
+    assert npg_cg.clipped_step_size(args, g, d, 0.03).item() == pytest.approx(expected, rel=1e-3)
+    assert (expected < 0.02) == (bound == 0.01 and clip != "none")
 
 
-@pytest.mark.parametrize("score", ["sample", "mean"])
-def test_rank1_takes_the_score_of_a_valid_sample_or_their_mean_and_clips(score, tmp_path, monkeypatch):
-    """u of each update is a row of H, or the mean of H's rows, over samples that are no resets; l2 clip of the step."""
-    policies, forward = [], npg_rank1.Actor.forward  # (actor, its parameters, obs) of each pass
-    seen, original, actions, masks = [], npg_rank1.rank1_direction, [], []
+# ---- Rank one --------------------------------------------------------------------------------
 
-    def passed(self, obs):
-        policies.append((copy.deepcopy(self.state_dict()), obs))
-        return forward(self, obs)
 
-    def recorded(gradient, u, damping):
-        seen.append((u, policies[-1], original(gradient, u, damping)))
-        return seen[-1][-1]
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])
+def test_rank1_direction_is_the_dense_inverse(damping):
+    torch.manual_seed(0)
+    g, u = torch.randn(2, 40, dtype=torch.float64)
+    expected = torch.linalg.solve(damped(torch.outer(u, u), damping), g)
+    assert relative(npg_rank1.rank1_direction(g, u, damping), expected) < 1e-6
 
-    def collect(self, *arguments, collect_=npg_rank1.Collector.collect):
-        rollout = collect_(self, *arguments)
-        actions.append(rollout[1].flatten(0, 1))
-        masks.append(rollout[-1].flatten() > 0)
-        return rollout
 
-    monkeypatch.setattr(npg_rank1.Actor, "forward", passed)
-    monkeypatch.setattr(npg_rank1, "rank1_direction", recorded)
-    monkeypatch.setattr(npg_rank1.Collector, "collect", collect)
-    monkeypatch.setattr(npg_rank1.torch, "randperm", lambda n, device: torch.arange(n))  # blocks in the rollout's order
-    train("npg_rank1", *SMALL, "--total-timesteps", 256, "--num-minibatches", 2, "--update-epochs", 1, "--score", score,
-          "--max-grad-norm", 0.01, "--output-dir", tmp_path, "--run-name", "x")  # fmt: skip
-    monkeypatch.undo()
-    chosen, resets = set(), 0
-    for i, (u, (weights, obs), d) in enumerate(seen):
-        actor = npg_rank1.Actor(4, 1)
-        actor.load_state_dict(weights)
-        half, valid = slice(i % 2 * 32, i % 2 * 32 + 32), masks[i // 2]
-        h = score_matrix(actor, obs, actions[i // 2][half])[valid[half]]
-        resets += int((~valid[half]).sum())
-        if score == "mean":
-            assert relative(u, h.mean(0)) < 1e-4
-        else:
-            distances = (h - u).norm(dim=1) / u.norm()
-            assert distances.min() < 1e-4
-            chosen.add(int(distances.argmin()))
-        if i % 2 == 0:  # the pass after it is the next update's
-            moved = flat(seen[i + 1][1][0][name] for name in weights) - flat(weights.values())
-            rate = float(read_csv(tmp_path / "x")[i // 2]["learning_rate"])
-            torch.testing.assert_close(moved, rate * min(1, 0.01 / d.norm().item()) * d, rtol=1e-3, atol=1e-7)
-    assert len(seen) == 8 and resets > 0 and (score == "mean" or len(chosen) > 4)
+@pytest.mark.parametrize("broken", [0, 1])
+def test_rank1_direction_of_values_that_are_not_finite_raises(broken):
+    vectors = torch.ones(2, 5)
+    vectors[broken, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        npg_rank1.rank1_direction(*vectors, 0.1)
+
+
+@both_policies
+def test_block_score_is_a_row_of_the_score_matrix_or_their_mean(kind):
+    """Every row is drawn, and with the same probability."""
+    actor, block = problem(kind, 8)
+    scores = score_matrix(actor, block.obs, block.actions)
+    assert relative(npg_rank1.block_score(actor, block, "mean"), scores.mean(0)) < 1e-4
+    drawn = []
+    for _ in range(400):
+        distances = (scores - npg_rank1.block_score(actor, block, "sample")).norm(dim=1)
+        drawn.append(distances.argmin().item())
+        assert distances.min() < 1e-4 * scores.norm(dim=1).max()
+    assert min(map(drawn.count, range(8))) > 25  # 50 expected, standard deviation 6.6
+
+
+# ---- Whole runs ------------------------------------------------------------------------------
+
+
+def weighted_gradient(actor, obs, actions, weighted):
+    """Gradient of mean(weighted log pi(a|s)) in float64."""
+    actor = copy.deepcopy(actor).double()
+    log_likelihood = actor(torch.tensor(obs)).log_prob(torch.tensor(actions))
+    loss = (torch.tensor(weighted) * log_likelihood).mean()
+    return flat(torch.autograd.grad(loss, list(actor.parameters())))
+
+
+def applied(script, bound, row, gradient, direction):
+    """The step that a direction leads to: eta of the row, bounded by the script's rule."""
+    length = direction @ gradient if script == "npg_cg" else direction.norm()
+    return row["learning_rate"] * min(1.0, bound / (length.item() + 1e-6)) * direction
+
+
+@pytest.mark.parametrize(
+    ("script", "core", "bound", "rate"),
+    [("npg_cg", "natural_gradient", 0.5, 0.6), ("npg_rank1", "rank1_direction", 5.0, 0.02)],
+)
+def test_a_run_hands_its_core_and_critic_what_the_rollout_says(
+    script, core, bound, rate, tmp_path, monkeypatch
+):
+    """Two iterations with many resets, recomputed in NumPy: gradients, ratios, steps, metrics."""
+    module = importlib.import_module(script)
+    gradients = spy(monkeypatch, module, "policy_gradient")
+    directions = spy(monkeypatch, module, core)
+    more = ["--update-epochs", 2, "--num-minibatches", 2, "--learning-rate", rate]
+    more += ["--max-grad-norm", bound]
+    iterations = record(script, "policy_gradient", tmp_path, monkeypatch, *more)
+    expected = recompute(iterations)
+    check_statistics(iterations, expected)
+    check_critic(iterations, expected)
+    blocks = zip(gradients, directions, strict=True)
+    ratios = []
+    for iteration, wanted in zip(iterations, expected):
+        seen = []
+        agents = [agent for _, agent in iteration.core] + [iteration.trained]
+        for (block,), now, after in zip([c for c, _ in iteration.core], agents, agents[1:]):
+            (_, g), (handed, d) = next(blocks)
+            chosen = wanted.rows(block.actions.numpy())
+            obs, actions = wanted.obs[chosen], wanted.actions[chosen].astype(float)
+            np.testing.assert_allclose(block.obs, obs, rtol=1e-3, atol=1e-4)
+            advantages = wanted.advantages[chosen]
+            y = (advantages - advantages.mean()) / advantages.std()
+            before = log_prob(iteration.policy, obs, actions)
+            ratio = np.exp(log_prob(now, obs, actions) - before)
+            weighted = np.clip(ratio, 0.1, 10) * y
+            assert relative(g, weighted_gradient(now.policy, obs, actions, weighted)) < 1e-2
+            assert any(argument is g for argument in handed)
+            moved = flat(after.policy.parameters()) - flat(now.policy.parameters())
+            step = applied(script, bound, iteration.row, g, d)
+            torch.testing.assert_close(moved, step, rtol=1e-2, atol=1e-5)
+            seen += chosen
+            ratios += ratio.tolist()
+        assert sorted(seen) == sorted(2 * list(range(len(wanted.obs))))
+    assert max(ratios) > 2
+    assert min(ratios) < 0.5
