@@ -1,8 +1,10 @@
 """Milliseconds and peak extra memory of one update of every method, interleaved in one run.
 
-Run: python benchmark/update_speed.py            (--quick: one repeat, small blocks; --device cuda: on a GPU)
+Run: python benchmark/update_speed.py --csv benchmark/results/update_speed.csv
+     --quick: one repeat, small blocks; --device cuda: on a GPU
 """
 
+import csv
 import statistics
 import sys
 import time
@@ -10,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import torch
 import tyro
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import acktr
@@ -25,153 +26,213 @@ import rat_continuous
 import rat_shared
 import sophia_ppo
 
-SIZES = {"HalfCheetah": (17, 6), "Ant": (105, 8), "Humanoid": (376, 17)}  # observation and action dimensions
+STEP = 1e-6  # step size of all updates: the networks stay what they are
+NETWORKS = {  # of two hidden layers: dimensions of observations and actions
+    "HalfCheetah 17-256-256-6": (17, 6),
+    "Ant 105-256-256-8": (105, 8),
+    "Humanoid 376-256-256-17": (376, 17),
+}
 PAPER = {  # milliseconds that the paper reports, on a GPU it does not name
-    "RAT": (9.83, 10.04, 18.17), "RAT shared": (11.53, 11.66, 19.85), "FVP + CG": (19.86, 19.95, 19.81),
-    "ACKTR": (5.60, 5.61, 6.57), "ACKTR shared": (6.92, 6.85, 7.87), "PPO": (3.12, 3.18, 3.22),
-    "PPO shared": (3.70, 3.70, 3.72), "Sophia": (3.92, 3.98, 5.71), "Sophia shared": (5.97, 6.03, 7.58),
-}  # fmt: skip
+    "RAT": (9.83, 10.04, 18.17),
+    "RAT shared": (11.53, 11.66, 19.85),
+    "FVP + CG": (19.86, 19.95, 19.81),
+    "ACKTR": (5.60, 5.61, 6.57),
+    "ACKTR shared": (6.92, 6.85, 7.87),
+    "PPO": (3.12, 3.18, 3.22),
+    "PPO shared": (3.70, 3.70, 3.72),
+    "Sophia": (3.92, 3.98, 5.71),
+    "Sophia shared": (5.97, 6.03, 7.58),
+}
 
 
 @dataclass
 class Args:
     samples: int = 1024  # block size B
-    repeats: int = 11  # timed updates of each method and size, after two that are not counted
-    device: Literal["cpu", "cuda"] = "cpu"
+    repeats: int = 11  # timed updates of each method and network, after two that are not counted
+    device: Literal["cpu", "cuda"] = "cpu"  # of the networks
+    csv: Path | None = None  # file to write, which plot.py --speed draws
     quick: bool = False  # one repeat with blocks of 64: to see that it runs
 
 
-class Block:
-    """Random data of one update: obs [B, obs_dim], actions [B, act_dim]; y, returns, eps, ones and share = 1/B, [B]."""
+class Problem(NamedTuple):
+    """What a method updates networks of one size with."""
 
-    def __init__(self, size: str, samples: int, device: str):
-        torch.manual_seed(0)
-        self.obs_dim, self.act_dim = SIZES[size]
-        self.device, spaces = device, (gym.spaces.Box(-1, 1, (dim,)) for dim in SIZES[size])
-        self.observation_space, self.action_space = spaces
-        self.obs, self.actions = (torch.randn(samples, dim, device=device) for dim in SIZES[size])
-        self.y, self.returns, self.epsilon = torch.randn(3, samples, device=device)
-        self.ones = torch.ones_like(self.y)
-        self.share = self.ones / samples
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.Box
+    block: rat_continuous.Samples  # random; every script's Samples have these columns
+    device: str
 
+    @property
+    def spaces(self):
+        return self.observation_space, self.action_space
 
-# One function a script: (Block, option) to a function that performs one update of fresh 256-256 networks. A shared
-# network updates actor and critic, any other the actor: its critic has an Adam of its own.
-def rat(block: Block, jacobian: str) -> Callable[[], None]:
-    actor = rat_continuous.Actor(block.obs_dim, block.act_dim).to(block.device)
-    args, memory = rat_continuous.Args(jacobian=jacobian), [torch.zeros_like(p) for p in actor.parameters()]
-    batch = block.obs, block.actions, block.y, block.ones
-    return lambda: move(actor, rat_continuous.kaczmarz_step(args, actor, batch, memory)[0])
+    @property
+    def sizes(self):
+        """obs_dim and act_dim."""
+        return *self.observation_space.shape, *self.action_space.shape
 
-
-def rat_joint(block: Block, jacobian: str) -> Callable[[], None]:
-    agent = rat_shared.Agent(block.observation_space, block.action_space).to(block.device)
-    args, memory = rat_shared.Args(jacobian=jacobian), [torch.zeros_like(p) for p in agent.parameters()]
-    old_log_prob = agent(block.obs).policy.log_prob(block.actions).detach()
-    batch = block.obs, block.actions, block.epsilon, block.returns, old_log_prob, block.y, block.share
-    return lambda: move(agent, rat_shared.joint_step(args, agent, batch, memory)[0])
+    @torch.no_grad()
+    def block_of(self, policy):
+        """The block with the log-probabilities of a new network's policy: ratios are 1."""
+        log_prob = policy(self.block.obs).log_prob(self.block.actions)
+        return self.block._replace(log_prob=log_prob)
 
 
-def conjugate_gradients(block: Block, iterations: int) -> Callable[[], None]:
-    actor = npg_cg.Actor(block.obs_dim, block.act_dim).to(block.device)
-    parameters = list(actor.parameters())
+def random_problem(network, samples, device):
+    """A Problem with a block of that many samples, always the same one."""
+    torch.manual_seed(0)
+    sizes = NETWORKS[network]
+    spaces = [gym.spaces.Box(-1, 1, (size,)) for size in sizes]
+    obs, actions = (torch.randn(samples, size, device=device) for size in sizes)
+    advantages, returns, log_prob = torch.randn(3, samples, device=device)
+    block = rat_continuous.Samples(obs, actions, advantages, returns, log_prob)
+    return Problem(*spaces, block, device)
 
-    def update() -> None:
-        log_prob = actor(block.obs).log_prob(block.actions)
-        g = npg_cg.flatten(torch.autograd.grad(log_prob @ (block.share * block.y), parameters))
+
+# ---- One function a script: (problem, option) to a function that performs one update ---------
+# A shared network updates actor and critic, any other the actor: its critic has its own Adam.
+
+
+@torch.no_grad()
+def move(model, direction):
+    """theta = theta + STEP direction, one tensor a parameter."""
+    for p, d in zip(model.parameters(), direction):
+        p.add_(d, alpha=STEP)
+
+
+def rat(problem, jacobian):
+    actor = rat_continuous.Actor(*problem.sizes).to(problem.device)
+    args = rat_continuous.Args(jacobian=jacobian)
+    block = problem.block_of(actor)
+    previous = [torch.zeros_like(p) for p in actor.parameters()]
+
+    @torch.no_grad()
+    def update():
+        direction, _, _ = rat_continuous.kaczmarz_direction(args, actor, block, previous)
+        move(actor, direction)
+
+    return update
+
+
+def rat_joint(problem, _):
+    agent = rat_shared.Agent(*problem.spaces).to(problem.device)
+    args = rat_shared.Args()
+    block = problem.block_of(agent.policy)
+    previous = [torch.zeros_like(p) for p in agent.parameters()]
+
+    def update():
+        direction, _, _ = rat_shared.joint_direction(args, agent, block, previous)
+        move(agent, direction)
+
+    return update
+
+
+def conjugate_gradients(problem, iterations):
+    actor = npg_cg.Actor(*problem.sizes).to(problem.device)
+    block = problem.block_of(actor)
+
+    def update():
+        g = npg_cg.policy_gradient(actor, block)
         d = npg_cg.natural_gradient(actor, block.obs, g, 0.1, iterations)
-        move(actor, npg_cg.unflatten(d, parameters))
+        npg_cg.move(actor, STEP * d)
 
     return update
 
 
-def rank1(block: Block, _: None) -> Callable[[], None]:
-    actor = npg_rank1.Actor(block.obs_dim, block.act_dim).to(block.device)
-    parameters = list(actor.parameters())
+def rank1(problem, score):
+    actor = npg_rank1.Actor(*problem.sizes).to(problem.device)
+    block = problem.block_of(actor)
 
-    def update() -> None:
-        log_prob = actor(block.obs).log_prob(block.actions)
-        u = npg_rank1.flatten(torch.autograd.grad(log_prob[0], parameters, retain_graph=True))
-        g = npg_rank1.flatten(torch.autograd.grad(log_prob @ (block.share * block.y), parameters))
-        move(actor, npg_rank1.unflatten(npg_rank1.rank1_direction(g, u, 0.1), parameters))
+    def update():
+        g = npg_rank1.policy_gradient(actor, block)
+        u = npg_rank1.block_score(actor, block, score)
+        npg_rank1.move(actor, STEP * npg_rank1.rank1_direction(g, u, 0.1))
 
     return update
 
 
-def first_order(block: Block, option: str) -> Callable[[], None]:
-    name, shared = option.split()[0], option.endswith("shared")
-    agent = sophia_ppo.Agent(block.observation_space, block.action_space, shared).to(block.device)
-    parameters = [p for name, p in agent.named_parameters() if shared or not name.startswith("critic")]
-    kind = {"adam": torch.optim.Adam, "sophia": sophia_ppo.Sophia, "diag": torch.optim.SGD}[name]
-    optimizer, args = kind(parameters, lr=1e-6), sophia_ppo.Args(optimizer=name, shared=shared)
-    policy, value = agent(block.obs)
-    old = policy.log_prob(block.actions).detach(), value.detach()
-    batch = block.obs, block.actions, *old, block.returns, block.y, block.share
-    return lambda: sophia_ppo.policy_step(args, agent, optimizer, batch)
+def first_order(problem, option):
+    name, *shared = option.split()
+    args = sophia_ppo.Args(optimizer=name, shared=bool(shared))
+    agent = sophia_ppo.Agent(*problem.spaces, args.shared).to(problem.device)
+    optimizer = sophia_ppo.OPTIMIZERS[name](agent.actor.parameters(), lr=STEP)
+    block = problem.block_of(agent.policy)
+    return lambda: sophia_ppo.policy_step(args, agent.actor, optimizer, block)
 
 
-def kronecker(block: Block, option: str) -> Callable[[], None]:
+def kronecker(problem, option):
     kind, part = option.split(", ")
-    actor = acktr.Agent(block.observation_space, block.action_space, "shared" in kind).to(block.device).actor
-    kfac = acktr.KFAC(actor, 1e-6, ekfac="ekfac" in kind)
+    agent = acktr.Agent(*problem.spaces, "shared" in kind).to(problem.device)
+    actor = agent.actor
+    kfac = acktr.KFAC(actor, STEP, ekfac="ekfac" in kind)
+    block = problem.block_of(agent.policy)
 
-    def loss() -> tuple[Tensor, Tensor]:  # log-likelihood of what is drawn [B], the policy gradient's loss
+    def statistics():
         policy, value = actor(block.obs)
-        drawn, loss = policy.log_prob(policy.sample()), -policy.log_prob(block.actions) @ (block.y * block.share)
-        if "shared" in kind:
-            drawn, loss = drawn + block.epsilon * value, loss + (value - block.returns).square() @ block.share / 2
-        return drawn, loss
+        kfac.update_statistics(acktr.sampled_log_likelihood(policy, value))
+        return policy, value
 
-    def update() -> None:
-        drawn, policy_loss = loss()
-        kfac.update_statistics(drawn, block.share)
+    def update():
+        policy, value = statistics()
         kfac.zero_grad()
-        policy_loss.backward()
+        acktr.actor_critic_loss(policy, value, block).backward()
         kfac.step()
 
-    def statistics() -> None:
-        kfac.update_statistics(loss()[0], block.share)
-
     update()
-    kfac.param_groups[0]["inverse_interval"] = 10 if part == "all" else 10**9  # then step() does not decompose
-    return {"all": update, "statistics": statistics, "eigendecomposition": kfac.eigendecompose, "step": kfac.step}[part]
+    if part == "step":  # without the eigendecomposition
+        kfac.param_groups[0]["inverse_update_period"] = 10**9
+    parts = {
+        "all": update,
+        "statistics": statistics,
+        "eigendecomposition": kfac.eigendecompose,
+        "step": kfac.step,
+    }
+    return parts[part]
 
 
-def move(model: torch.nn.Module, direction: list[Tensor]) -> None:
-    with torch.no_grad():
-        torch._foreach_add_(list(model.parameters()), direction, alpha=1e-6)
+class Update(NamedTuple):
+    """A row of the table."""
+
+    method: str  # its colour in plot.py; "" for a part of an update, which the CSV file has not
+    make: Callable
+    option: Any = None
+    times: int = 1  # updates timed together: what a method does not do in every one is averaged
 
 
-METHODS = {  # function, option, updates timed together: what a method does not do in every update is averaged
-    "RAT": (rat, "tape", 1),
-    "RAT, `--jacobian vmap`": (rat, "vmap", 1),
-    "RAT shared": (rat_joint, "tape", 1),
-    "RAT shared, `--jacobian vmap`": (rat_joint, "vmap", 1),
-    "NPG, 10 CG iterations": (conjugate_gradients, 10, 1),
-    "rank-1": (rank1, None, 1),
-    "ACKTR": (kronecker, "kfac, all", 10),
-    "— its forward pass and statistics": (kronecker, "kfac, statistics", 1),
-    "— its eigendecomposition, every 10th update": (kronecker, "kfac, eigendecomposition", 1),
-    "— its step without the eigendecomposition": (kronecker, "kfac, step", 1),
-    "ACKTR, `--ekfac`": (kronecker, "ekfac, all", 10),
-    "ACKTR shared": (kronecker, "kfac shared, all", 10),
-    "ACKTR shared, `--ekfac`": (kronecker, "ekfac shared, all", 10),
-    "PPO": (first_order, "adam", 1),
-    "PPO shared": (first_order, "adam shared", 1),
-    "Sophia": (first_order, "sophia", 10),
-    "Sophia shared": (first_order, "sophia shared", 10),
-    "diag": (first_order, "diag", 1),
-    "diag shared": (first_order, "diag shared", 1),
+METHODS = {
+    "RAT": Update("rat", rat, "tape"),
+    "RAT, `--jacobian vmap`": Update("rat", rat, "vmap"),
+    "RAT shared": Update("rat_shared", rat_joint),
+    "NPG, 10 CG iterations": Update("npg", conjugate_gradients, 10),
+    "rank-1": Update("rank1", rank1, "sample"),
+    "ACKTR": Update("acktr", kronecker, "kfac, all", 10),
+    "— its forward pass and statistics": Update("", kronecker, "kfac, statistics"),
+    "— its eigendecomposition, every 10th update": Update(
+        "", kronecker, "kfac, eigendecomposition"
+    ),
+    "— its step without the eigendecomposition": Update("", kronecker, "kfac, step"),
+    "ACKTR, `--ekfac`": Update("acktr", kronecker, "ekfac, all", 10),
+    "ACKTR shared": Update("acktr_shared", kronecker, "kfac shared, all", 10),
+    "ACKTR shared, `--ekfac`": Update("acktr_shared", kronecker, "ekfac shared, all", 10),
+    "PPO": Update("ppo", first_order, "adam"),
+    "PPO shared": Update("ppo", first_order, "adam shared"),
+    "Sophia": Update("sophia", first_order, "sophia", 10),
+    "Sophia shared": Update("sophia", first_order, "sophia shared", 10),
+    "diag": Update("diag", first_order, "diag"),
+    "diag shared": Update("diag", first_order, "diag shared"),
 }
 
 
-def make_update(method: str, size: str, samples: int, device: str) -> Callable[[], None]:
-    """Function that performs a method's update once, or as often as it takes to see everything it does."""
-    function, option, times = METHODS[method]
-    update = function(Block(size, samples, device), option)
+# ---- Time and memory -------------------------------------------------------------------------
 
-    def timed() -> None:
-        for _ in range(times):
+
+def make_update(name, network, samples, device):
+    """Function that performs a method's update as often as it takes to see all that it does."""
+    row = METHODS[name]
+    update = row.make(random_problem(network, samples, device), row.option)
+
+    def timed():
+        for _ in range(row.times):
             update()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -179,56 +240,112 @@ def make_update(method: str, size: str, samples: int, device: str) -> Callable[[
     return timed
 
 
-def peak_of(update: Callable[[], None], device: str) -> float:
+def milliseconds(samples, device, warm_up, repeats):
+    """(name, network) to the median time of its updates; methods take turns."""
+    medians = {}
+    for network in NETWORKS:
+        updates = {name: make_update(name, network, samples, device) for name in METHODS}
+        times = {name: [] for name in METHODS}
+        for _ in range(warm_up + repeats):
+            for name, update in updates.items():
+                start = time.perf_counter()
+                update()
+                times[name].append((time.perf_counter() - start) * 1e3 / METHODS[name].times)
+        for name in METHODS:
+            medians[name, network] = statistics.median(times[name][warm_up:])
+    return medians
+
+
+def status(field):
+    """MB of a field of Linux's account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_of(update, device):
     """MB that update() takes at most above what the process holds before it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         update()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-    def status(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
-
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     before = status("VmRSS")
     update()
     return status("VmHWM") - before
 
 
-def peak_memory(method: str, size: str, samples: int, device: str) -> float:
+def peak_memory(name, network, samples, device):
     """MB of one update, to be called in a process of its own, so that nothing is reused."""
-    make_update(method, size, 8, device)()  # libraries and thread pools
-    return peak_of(make_update(method, size, samples, device), device)
+    make_update(name, network, 8, device)()  # libraries and thread pools
+    return peak_of(make_update(name, network, samples, device), device)
 
 
-def main(args: Args) -> None:
-    """Print a Markdown table of medians and peaks."""
+def megabytes(samples, device, tasks_a_process):
+    """(name, network) to the peak extra memory of its update."""
+    keys = [(name, network) for network in NETWORKS for name in METHODS]
+    problems = [(*key, samples, device) for key in keys]
+    with get_context("spawn").Pool(1, maxtasksperchild=tasks_a_process) as pool:
+        return dict(zip(keys, pool.starmap(peak_memory, problems, chunksize=1)))
+
+
+# ---- Program ---------------------------------------------------------------------------------
+
+
+def write_csv(path, title, times, peaks):
+    """What plot.py --speed reads, a row a method and network."""
+    with open(path, "w", newline="") as file:
+        print(f"# {title}, by benchmark/update_speed.py", file=file)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["method", "update", "network", "milliseconds", "megabytes"])
+        for name, row in METHODS.items():
+            for network in NETWORKS:
+                key = name, network
+                cells = [f"{times[key]:.1f}", round(peaks[key])]
+                if row.method:
+                    writer.writerow([row.method, name.replace("`", ""), network, *cells])
+
+
+def check_args(args):
+    """End the program with one sentence for a value that cannot work."""
     if args.samples < 1 or args.repeats < 1:
-        sys.exit(f"update_speed: --samples {args.samples} and --repeats {args.repeats} must be positive.")
+        numbers = f"--samples {args.samples} and --repeats {args.repeats}"
+        sys.exit(f"update_speed: {numbers} must be positive.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("update_speed: --device cuda: PyTorch sees no CUDA device here, use --device cpu.")
-    samples, warm_up, repeats = (64, 0, 1) if args.quick else (args.samples, 2, args.repeats)
-    print(f"B = {samples}, {args.device}, {torch.get_num_threads()} threads, median of {repeats} interleaved updates\n")
-    print("| one update: ms (peak extra MB) |" + "".join(f" {s} {d[0]}-256-256-{d[1]} |" for s, d in SIZES.items()))
-    print("|---|" + "---|" * len(SIZES))
-    times = {(method, size): [] for method in METHODS for size in SIZES}
-    for size in SIZES:
-        updates = {method: make_update(method, size, samples, args.device) for method in METHODS}
-        for _ in range(warm_up + repeats):
-            for method, update in updates.items():
-                start = time.perf_counter()
-                update()
-                times[method, size].append((time.perf_counter() - start) * 1e3 / METHODS[method][2])
-    # a process for each, so that none finds memory that another has left; when quick one for all
-    with get_context("spawn").Pool(1, maxtasksperchild=None if args.quick else 1) as pool:
-        peaks = pool.starmap(peak_memory, [(*key, samples, args.device) for key in times], chunksize=1)
-    cells = [f"{statistics.median(t[warm_up:]):.1f} ({round(p)})" for t, p in zip(times.values(), peaks, strict=True)]
-    for i, method in enumerate(METHODS):
-        print(f"| {method} | " + " | ".join(cells[i * len(SIZES) : (i + 1) * len(SIZES)]) + " |")
-    for method, row in PAPER.items():
-        print(f"| {method}, in the paper | " + " | ".join(map(str, row)) + " |")
+        sys.exit("update_speed: --device cuda: PyTorch sees no CUDA device, use --device cpu.")
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        sys.exit(f"update_speed: --csv {args.csv}: there is no such folder.")
+
+
+def main(args: Args):
+    """Print a Markdown table of medians and peaks, write the same as CSV."""
+    check_args(args)
+    samples, warm_up, repeats = args.samples, 2, args.repeats
+    tasks_a_process = 1  # so that none finds memory that another has left
+    if args.quick:
+        samples, warm_up, repeats = 64, 0, 1
+        tasks_a_process = None  # one process for all
+    times = milliseconds(samples, args.device, warm_up, repeats)
+    peaks = megabytes(samples, args.device, tasks_a_process)
+    title = (
+        f"One update, B = {samples}, {args.device}, {torch.get_num_threads()} threads: "
+        f"median of {repeats} interleaved ones, and peak extra memory"
+    )
+    print(f"{title}\n")
+    print(f"| one update: ms (peak extra MB) | {' | '.join(NETWORKS)} |")
+    print("|---|" + "---|" * len(NETWORKS))
+    for name in METHODS:
+        cells = []
+        for network in NETWORKS:
+            key = name, network
+            cells.append(f"{times[key]:.1f} ({round(peaks[key])})")
+        print(f"| {name} | {' | '.join(cells)} |")
+    for name, row in PAPER.items():
+        print(f"| {name}, in the paper | {' | '.join(map(str, row))} |")
+    if args.csv:
+        write_csv(args.csv, title, times, peaks)
 
 
 if __name__ == "__main__":

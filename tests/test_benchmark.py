@@ -62,8 +62,9 @@ def modification_times(folder):
 # ---- update_speed.py, procgen_speed.py -------------------------------------------------------
 
 
-def test_update_speed_prints_every_row():
-    command = [sys.executable, str(ROOT / "benchmark" / "update_speed.py"), "--quick"]
+def test_update_speed_prints_and_writes_every_row(tmp_path):
+    program, file = str(ROOT / "benchmark" / "update_speed.py"), tmp_path / "speed.csv"
+    command = [sys.executable, program, "--quick", "--csv", str(file)]
     options = {"capture_output": True, "text": True, "timeout": 300}
     result = subprocess.run(command, env=environment(), **options)
     assert result.returncode == 0, result.stderr
@@ -78,6 +79,18 @@ def test_update_speed_prints_every_row():
             milliseconds, megabytes = cell.strip(" |)").split(" (")
             assert float(milliseconds) > 0
             assert float(megabytes) >= 0 and not megabytes.startswith("-")
+    written = plot.read_rows(file, ["method", "update", "network"], ["milliseconds", "megabytes"])
+    assert {row["method"] for row in written} < set(plot.LOOKS)
+    cells = {}
+    for row in written:
+        cell = f"{row['milliseconds']:.1f} ({row['megabytes']:.0f})"
+        cells.setdefault(row["update"], {})[row["network"]] = cell
+    whole = [name for name in ours if not name.startswith("—")]  # not a part of an update
+    assert list(cells) == [name.replace("`", "") for name in whole]
+    for name in whole:
+        row = cells[name.replace("`", "")]
+        assert list(row) == list(update_speed.NETWORKS)
+        assert list(row.values()) == [cell.strip(" |") for cell in ours[name]]
 
 
 @pytest.mark.parametrize("name", ["update_speed", "procgen_speed"])
@@ -89,6 +102,11 @@ def test_speed_programs_refuse_with_one_sentence(name, option, value, monkeypatc
         module.main(module.Args(**{option: value}))
     assert str(error.value).startswith(f"{name}: ")
     assert f"--{option} {value}" in str(error.value)
+
+
+def test_update_speed_does_not_measure_for_a_file_that_it_cannot_write():
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        update_speed.main(update_speed.Args(csv=Path("nope/x.csv")))
 
 
 # ---- benchmark.sh ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,18 @@ def test_refuses_unwritable_video(tmp_path, capfd, name, message):
         record()
     check_refusal(end.value.code, *capfd.readouterr(), message)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_a_full_disk_leaves_no_video(tmp_path, capfd):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(SystemExit) as end, enjoy.recorder(Screen(), tmp_path / "a.mp4") as record:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # bytes; FFmpeg inherits it
+        try:
+            record()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    check_refusal(end.value.code, *capfd.readouterr(), "a.mp4 cannot be written")
+    assert not list(tmp_path.iterdir())
 
 
 def test_says_that_mujoco_needs_egl(checkpoint, tmp_path):
