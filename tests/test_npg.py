@@ -288,12 +288,12 @@ def test_trpo_learns_inverted_pendulum(tmp_path):
 
 def test_trpo_takes_one_step_a_rollout_within_target_kl(tmp_path, monkeypatch):
     searched = spy(monkeypatch, npg_cg, "line_search")
-    options = ["--total-timesteps", 640, "--line-search", "--target-kl", 0.003]
+    options = ["--total-timesteps", 640, "--line-search", "--target-kl", 0.03]
     found = rows(tmp_path, "npg_cg", *options, "--update-epochs", 3, "--num-minibatches", 2)
     assert len(searched) == len(found) == 10
-    assert all(row["kl"] <= 0.003 * (1 + 1e-3) for row in found)
-    assert sum(row["kl"] > 0.001 and row["step_size"] > 0 for row in found) >= 8
-    assert {row["learning_rate"] for row in found} == {npg_cg.Args.learning_rate}
+    assert all(row["kl"] <= 0.03 * (1 + 1e-3) for row in found)
+    assert sum(row["kl"] > 0.017 and row["step_size"] > 0 for row in found) >= 8
+    assert {row["learning_rate"] for row in found} == {npg_cg.Args.learning_rate}  # not adapted
 
 
 @pytest.mark.parametrize(("options", "iterations"), [({}, 10), ({"line_search": True}, 15)])
