@@ -18,12 +18,13 @@ Run: python sophia_ppo.py --env-id HalfCheetah-v5. The formulas together: docs/a
         step the environments with the policy                            collect
         advantages and returns                                           gae
         drop the steps that only reset, renew the running statistics     gather_samples
-        for each pass, for each block of samples:                        fit_actor, minibatches
+        for each pass while KL < target_kl, for each block of samples:   fit_actor, minibatches
             gradient of the clipped surrogate, diag: of w y log pi       policy_loss
             diag: divide it by (diag F + lambda)                         fisher_diagonal
             move theta by Adam, by Sophia or, diag, by plain descent     policy_step
             sophia, every tenth time: renew h, the curvature             hessian_estimate
         regress the critic on the returns                                fit_critic
+        diag: adapt the step size to the KL divergence                   adapt_learning_rate
         write a row of metrics and a checkpoint                          Logger, save_checkpoint
 """
 
@@ -69,7 +70,7 @@ class Args:
     vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
     optimizer: Literal["adam", "sophia", "diag"] = "adam"  # diag: gradient over Fisher's diagonal
     shared: bool = False  # one trunk for actor and critic, one step for both: no critic_ argument
-    learning_rate: float | None = None  # None: adam 3e-4, sophia 1e-4; diag 0.05, see max
+    learning_rate: float | None = None  # None: adam 3e-4, sophia 1e-4, diag 0.05 (its largest)
     anneal_lr: bool = False  # adam, sophia: lower it linearly to zero over total_timesteps
     update_epochs: int | None = None  # actor passes over the rollout; None: 10, diag 4
     num_minibatches: int | None = None  # actor blocks in a pass; None: 16, diag 4
@@ -114,7 +115,7 @@ def make_envs(args, seeds):
             seeds = None  # EnvPool takes them only there
         else:
             mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-            envs = gym.make_vec(args.env_id, args.num_envs, vector_kwargs=mode)
+            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
     except Exception as error:  # whatever an import or a constructor raises
         fail(
             f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "
@@ -594,7 +595,7 @@ def weighted_surrogate(log_ratio, y):
 
 
 def policy_loss(args, actor, block):
-    """What a step on the block lowers, if shared the critic's error too; the log ratios [B]."""
+    """Loss of a block, with a value head the critic's too; the log ratios [B] of its samples."""
     policy, value = actor(block.obs)
     log_ratio = policy.log_prob(block.actions) - block.log_prob
     y = normalized(block.advantages)

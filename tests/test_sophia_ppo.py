@@ -301,6 +301,10 @@ def test_a_run_hands_over_what_numpy_recomputes(optimizer, shared, tmp_path, mon
             np.testing.assert_allclose(block.returns, wanted.returns[rows], rtol=1e-3, atol=1e-4)
             seen += rows
         assert sorted(seen) == sorted(2 * [*range(len(wanted.obs))])
+        if shared:
+            values = iteration.trained.critic(torch.tensor(wanted.obs, dtype=torch.float32))
+            error = values.detach().numpy() - wanted.returns
+            np.testing.assert_allclose(iteration.row["value_loss"], (error**2).mean(), rtol=1e-3)
         assert iteration.clips.count(0.5) == 2 * 4
 
 
