@@ -1,20 +1,43 @@
-"""RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591), one trunk for actor and critic.
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.3.7",
+#     "numpy==1.26.4",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591), one trunk.
 
-Run: python rat_shared.py --env-id HalfCheetah-v5    Equation numbers: README.md, "How it works".
+Run: python rat_shared.py --env-id HalfCheetah-v5. Equation numbers: docs/algorithm.md.
+
+    for each rollout:
+        step the environments with the policy                            collect
+        advantages and returns                                           gae
+        drop the steps that only reset, renew the running statistics     gather_samples
+        for each pass, for each block of samples:                        minibatches
+            A, C = (lambda I + H H^T Sigma)^-1 [y, 1]                    rat_targets, (2)
+            L = -mean(ratio A) + mean((V - R)^2 C)                       joint_loss, (8)
+            theta = theta + eta clip(-grad L)                            joint_direction, (4)
+        adapt eta to the KL divergence                                   adapt_learning_rate
+        write a row of metrics and a checkpoint                          Logger, save_checkpoint
 """
 
-import atexit
-import copy
 import json
 import math
 import os
+import random
 import signal
 import sys
 import time
-from collections import deque
-from dataclasses import asdict, dataclass, replace
+import traceback
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -22,479 +45,779 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
-from torch.func import functional_call, grad, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
 ALGORITHM = "rat_shared"
+Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
+torch.set_float32_matmul_precision("highest")  # TF32 would round the kernel's products to 10 bits
 
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v5"  # Gymnasium id: flat Box observations, bounded Box or Discrete actions
-    total_timesteps: int = 1_000_000  # environment steps of the whole run, all environments together
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id: flat Box observations, Box or Discrete actions
+    total_timesteps: int = 1_000_000  # environment steps of the run, all environments together
     num_envs: int = 32  # environments stepped side by side
     num_steps: int = 64  # steps of each environment in one rollout
-    vectorization: Literal["sync", "async", "envpool"] = "sync"  # one process, one an environment, EnvPool's threads
-    kaczmarz: Literal["paper", "release", "off"] = "release"  # what a block remembers of those before: joint_step
-    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or all of H (most modules)
+    vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
+    kaczmarz: Literal["paper", "release", "off"] = "release"  # what a block remembers of others
     update_epochs: int = 4  # passes over the rollout
-    num_minibatches: int = 4  # blocks in a pass, each of num_envs * num_steps / num_minibatches samples
+    num_minibatches: int = 4  # blocks in a pass
     damping: float = 0.1  # lambda of equation (1), > 0
     vf_coef: float = 1.0  # weight of the critic in the loss (8), > 0
-    ent_coef: float = 0.0  # weight of the entropy bonus in the loss (8), >= 0
+    ent_coef: float = 0.0  # weight of the entropy in the loss (8), >= 0
     learning_rate: float = 0.05  # first and largest step size; the KL adapts it below that
     max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu of equation (4)
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
     seed: int = 1  # of networks, sampling and environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    run_name: str = ""  # folder below output_dir; default {env_id}__rat_shared__{seed}__{unix time}
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
+    run_name: str = ""  # folder below output_dir; default {env_id}__rat_shared__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    checkpoint_interval: int = 50  # iterations between checkpoints; also at the end and on SIGINT or SIGTERM
-    resume: bool = False  # continue run_name from its checkpoint
+    resume: bool = False  # continue run_name: what is not given is as that run had it
+
+    def __post_init__(self):
+        check_args(self, may_be_zero=("seed", "resume", "ent_coef"))
 
 
-# Arguments and environments
-def fail(sentence: str, code: int = 2) -> NoReturn:
-    """End the program with one sentence on stderr. Exit code 2: bad input; 1: the run broke down."""
-    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
-    raise SystemExit(code)
+# ---- Environments ----------------------------------------------------------------------------
 
 
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work."""
-    batch_size = args.num_envs * args.num_steps
-    for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", {"seed": 0, "num_steps": 2}.get(name, 1)
-        if type(value) is int and not least <= value < 2**31:
-            fail(f"{flag} must lie in [{least}, 2**31).")
-        if type(value) is float and not 0 < value < math.inf:
-            fail(f"{flag} must be positive and finite.")
-        if name in ("gamma", "gae_lambda") and value > 1:
-            fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
+def make_envs(args, seeds):
+    """Vector environment in NEXT_STEP mode (the step after `done` only resets), first obs [N, d].
 
-
-def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """Vector environment and first observations [N, obs_dim]; NEXT_STEP: the step after `done` only resets."""
+    seeds: one for each environment. Ends the program where the environment cannot be made."""
     gym.logger.min_level = gym.logger.ERROR  # "v4 is out of date" is the caller's choice, not news
-    if args.vectorization == "envpool":
-        try:
-            import envpool
-        except ImportError:
-            fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
-        if args.env_id not in envpool.list_all_envs():
-            fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
-        options |= {"post_constraint": True} if args.env_id[:-3] in ("Humanoid", "HumanoidStandup") else {}  # contacts
-        envs = envpool.make_gymnasium(args.env_id, **options)
-    else:
-        mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-        try:
-            envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization, vector_kwargs=mode)
-        except (gym.error.Error, ImportError) as error:
-            fail(f"--env-id {args.env_id} cannot be made: {error}")
-    atexit.register(envs.close)  # whatever ends the program, asynchronous workers end with it
-    obs_space, act_space = envs.single_observation_space, envs.single_action_space
-    obs_fits, box = (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs_space, act_space))
-    if not obs_fits or not (act_space.is_bounded() if box else isinstance(act_space, gym.spaces.Discrete)):
-        fail(f"--env-id {args.env_id} maps {obs_space} to {act_space}, not flat Boxes, actions bounded or Discrete.")
-    return envs, (envs.reset() if args.vectorization == "envpool" else envs.reset(seed=seed))[0]
+    try:
+        if args.vectorization == "envpool":
+            envs = make_envpool(args, seeds)
+            seeds = None  # EnvPool takes them only there
+        else:
+            mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
+    except Exception as error:  # whatever an import or a constructor raises
+        fail(
+            f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "
+            f"({type(error).__name__}): {error}"
+        )
+    check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
+    obs, _ = envs.reset(seed=seeds)
+    check_finite("the first observation of the environment", obs)
+    return envs, obs
 
 
-# Networks
+def make_envpool(args, seeds):
+    """The same stepped by EnvPool's threads, as many as PyTorch has."""
+    import envpool
+
+    options = {"num_envs": args.num_envs, "seed": seeds, "num_threads": torch.get_num_threads()}
+    if args.env_id[:-3] in ("Humanoid", "HumanoidStandup"):
+        options["post_constraint"] = True  # the contact forces that Gymnasium's observations have
+    return envpool.make_gymnasium(args.env_id, **options)
+
+
+def check_spaces(env_id, obs_space, act_space):
+    """Refuse what the networks do not take, with the way out."""
+    discrete = isinstance(act_space, gym.spaces.Discrete)
+    for space in (obs_space,) if discrete else (obs_space, act_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(
+                f"--env-id {env_id} has {space}, not a flat Box (actions may be Discrete): "
+                "wrap it in FlattenObservation or TransformAction."
+            )
+    if discrete:
+        return
+    low, high = torch.tensor(act_space.low), torch.tensor(act_space.high)
+    bounds = torch.stack([low, high, high - low])
+    if not bounds.is_floating_point() or not bounds.float().isfinite().all():
+        fail(
+            f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
+            "wrap it in a TransformAction."
+        )
+
+
+# ---- Networks --------------------------------------------------------------------------------
+
+
 class ObsNormalizer(nn.Module):
-    """Running mean and variance of observations: forward gives (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
+    """Running mean and variance of observations: (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
-        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, obs: Tensor) -> Tensor:
+    def forward(self, obs):
         return ((obs - self.mean) / (self.var + 1e-5).sqrt()).clamp(-5, 5).float()
 
-    def update(self, obs: Tensor) -> None:
-        """Merge the moments of obs [N, obs_dim] (Chan et al. 1979)."""
-        obs, share = obs.double(), len(obs) / (self.count + len(obs))
+    def update(self, obs):
+        """Merge the moments of obs [n, obs_dim] (Chan et al. 1979); the first replace 0 and 1."""
+        obs = obs.double()
+        share = len(obs) / (self.count + len(obs))
         delta = obs.mean(0) - self.mean
-        self.var.lerp_(obs.var(0, correction=0), share).add_(delta.square() * share * (1 - share))
+        between = delta.square() * share * (1 - share)
+        self.var.lerp_(obs.var(0, correction=0), share).add_(between)
         self.mean.add_(delta * share)
         self.count.add_(len(obs))
 
 
 class PopArt(nn.Module):
-    """Linear value head over returns normalised by their running moments (van Hasselt et al. 2016): [B, d] to [B]."""
+    """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
 
-    def __init__(self, in_features: int, beta: float = 0.99999):
+    def __init__(self, in_features, beta=0.99999):
         super().__init__()
-        self.linear, self.beta = nn.Linear(in_features, 1), beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # running averages of 1, R, R^2
+        self.linear = nn.Linear(in_features, 1)
+        nn.init.kaiming_uniform_(self.linear.weight)  # as in the published code
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.ones((), dtype=torch.float64))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features):
+        """Values [B] in normalised units of features [B, in_features]."""
         return self.linear(features).squeeze(-1)
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> None:
-        """Move the statistics towards returns [N] and rescale the head so that mean + std * output stays the same."""
-        old_mean, old_std, returns = self.mean.clone(), self.std.clone(), returns.double()
-        now = torch.stack([torch.ones_like(old_mean), returns.mean(), returns.square().mean()])
-        weight, first, second = self.moments.lerp_(now, 1 - self.beta)
+    def update(self, returns):
+        """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
+        old_mean, old_std = self.mean.clone(), self.std.clone()
+        powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
+        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
         self.linear.weight.mul_(old_std / self.std)
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
+class GaussianHead(nn.Module):
+    """Diagonal Gaussian of a Box action before its tanh, whose Jacobian cancels in all ratios."""
+
+    def __init__(self, in_features, action_space):
+        super().__init__()
+        (act_dim,) = action_space.shape
+        self.mean = nn.Linear(in_features, act_dim)
+        self.log_std = nn.Linear(1, act_dim, bias=False)  # log sigma: a layer with the input 1
+        nn.init.zeros_(self.log_std.weight)
+        self.register_buffer("low", torch.tensor(action_space.low))
+        self.register_buffer("high", torch.tensor(action_space.high))
+
+    def forward(self, features):
+        std = self.log_std(features.new_ones(len(features), 1)).exp()  # [B, act_dim]
+        return Independent(Normal(self.mean(features), std), 1)
+
+    def env_action(self, action):
+        """The policy's actions [B, act_dim] within the bounds of the Box."""
+        env_action = self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+        return env_action.minimum(self.high)  # rounding may lie above
+
+
+class CategoricalHead(nn.Module):
+    """Probabilities of Discrete actions."""
+
+    def __init__(self, in_features, action_space):
+        super().__init__()
+        self.logits = nn.Linear(in_features, int(action_space.n))
+        self.start = int(action_space.start)
+
+    def forward(self, features):
+        return Categorical(logits=self.logits(features))
+
+    def env_action(self, action):
+        """The policy's actions [B], counted from 0, as the space counts them."""
+        return action + self.start
+
+
 class PolicyAndValue(NamedTuple):
-    """The policy, of a Box action before its tanh (whose Jacobian cancels), and the value [B] in PopArt's units."""
+    """What the network says of B observations, as a likelihood of actions and drawn values."""
 
     policy: Distribution
-    value: Tensor
+    value: Tensor  # in PopArt's units, [B]
 
-    def log_prob(self, drawn: Tensor) -> Tensor:
-        """Joint log-likelihood [B] of drawn [B, act_dim + 1], action and eps; its score is grad log pi + 2 eps grad V.
+    def log_prob(self, drawn):
+        """[B], with the gradient grad log pi(a_i|s_i) + 2 eps_i grad V(s_i); drawn is (a, eps).
 
-        The published code's choice, kept: the value is a Gaussian of variance 1/2, but drawn with variance 1."""
-        actions = drawn[:, :-1].reshape(len(drawn), *self.policy.event_shape)
-        return self.policy.log_prob(actions) - (self.value - (self.value + drawn[:, -1]).detach()).square()
+        The published code's choice: a Gaussian of variance 1/2 around V, drawn with variance 1."""
+        actions, epsilon = drawn
+        drawn_value = (self.value + epsilon).detach()
+        return self.policy.log_prob(actions) - (self.value - drawn_value).square()
 
 
 class Agent(nn.Module):
-    """Observation statistics and one trunk with two heads: a diagonal Gaussian or a Categorical policy, a value."""
+    """All that it takes to play: observation statistics, one trunk, heads of policy and value."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.Space, hidden: int = 256):
+    def __init__(self, observation_space, action_space, hidden=256):
         super().__init__()
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        obs_dim, act_dim = observation_space.shape[0], int(action_space.n if self.discrete else action_space.shape[0])
-        self.normalizer, self.policy, self.value = ObsNormalizer(obs_dim), nn.Linear(hidden, act_dim), PopArt(hidden)
-        self.trunk = nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        if self.discrete:
-            self.start = int(action_space.start)
-            return
-        self.log_std = nn.Linear(1, act_dim, bias=False)  # state-independent log sigma is a layer with the input 1
-        nn.init.zeros_(self.log_std.weight)
-        self.register_buffer("low", torch.as_tensor(action_space.low, dtype=torch.float32))
-        self.register_buffer("high", torch.as_tensor(action_space.high, dtype=torch.float32))
+        (obs_dim,) = observation_space.shape
+        head = GaussianHead if isinstance(action_space, gym.spaces.Box) else CategoricalHead
+        self.normalizer = ObsNormalizer(obs_dim)
+        self.trunk = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+        self.head = head(hidden, action_space)
+        self.popart = PopArt(hidden)
 
-    def forward(self, obs: Tensor) -> PolicyAndValue:  # obs are normalised
+    def forward(self, obs):
+        """PolicyAndValue of normalised obs [B, obs_dim]."""
         features = self.trunk(obs)
-        mean, value = self.policy(features), self.value(features)
-        if self.discrete:
-            return PolicyAndValue(Categorical(logits=mean, validate_args=False), value)
-        std = self.log_std(obs.new_ones(*obs.shape[:-1], 1)).exp()  # [B, act_dim]
-        return PolicyAndValue(Independent(Normal(mean, std, validate_args=False), 1, validate_args=False), value)
+        return PolicyAndValue(self.head(features), self.popart(features))
+
+    def policy(self, obs):
+        """Distribution of the actions at normalised obs [B, obs_dim]."""
+        return self.head(self.trunk(obs))
+
+    def value(self, obs):
+        """Values in units of reward of raw obs [..., obs_dim]."""
+        value = self.popart(self.trunk(self.normalizer(obs)))
+        return value * self.popart.std + self.popart.mean
 
     @torch.no_grad()
-    def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """Raw obs [B, obs_dim] to the policy's sample (or mode) and the environment's action, [B, act_dim] or [B]."""
-        policy = self(self.normalizer(obs)).policy
-        action = policy.mode if deterministic else policy.sample()
-        box_action = None if self.discrete else self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
-        return action, self.start + action if self.discrete else box_action
+    def act(self, obs, deterministic=False):
+        """Raw obs [B, obs_dim] to the policy's sample (or mode) and the environment's action."""
+        policy = self.policy(self.normalizer(obs))
+        action = policy.mode if deterministic else policy.sample()  # [B, act_dim] or [B]
+        return action, self.head.env_action(action)
 
 
-# The algorithm's core: scores, direction, Kaczmarz
-def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-    """H, the rows d log pi(a_i|s_i) / d theta, factored by layer, from one forward and one backward pass.
+# ---- What every script has: arguments, rollout, files ----------------------------------------
 
-    Returns (x [B, d_in], g [B, d_out], [weight, bias]) a layer: its input and the gradient of log pi at its output.
-    Row i holds g_i x_i^T for the weight and g_i for the bias. Raises TypeError for a layer where that is not known."""
-    layers = {module: name for name, module in actor.named_modules() if module._parameters}
-    calls = {module: [] for module in layers}  # (input, output) of each call
-    owned = [p for m in layers for p in m.parameters(recurse=False)]
-    hooks = [m.register_forward_hook(lambda m, inputs, output: calls[m].append((*inputs, output))) for m in layers]
+
+def fail(sentence, code=2):
+    """End the program with one sentence on stderr. Code 2: bad input; 1: the run broke down."""
+    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_args(args, may_be_zero=("seed", "resume")):
+    """Name a run without a name; raise ValueError for a value that cannot work.
+
+    tyro prints the error's sentence and exits with code 2."""
+    blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        number = isinstance(value, int | float)
+        if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag} must be positive and below 2^31.")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name.endswith("minibatches") and value > blocks:
+            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
+    if args.num_steps < 2:
+        raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
+    name = f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}"
+    args.run_name = args.run_name or name.replace("/", "_")
+
+
+def check_finite(what, value):
+    """Raise FloatingPointError, by name, for a value that is not finite."""
+    if not np.isfinite(value).all():
+        raise FloatingPointError(f"{what} is not finite")
+
+
+def seed_generators(args, global_step):
+    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    generator = np.random.default_rng((args.seed, global_step))
+    first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first)
+    return env_seeds
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    obs: Tensor  # raw, [T + 1, N, obs_dim]
+    actions: Tensor  # [T, N, act_dim]
+    rewards: Tensor  # [T, N], as all that follow
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
+    valid: Tensor  # 0 where the step only reset
+
+
+def collect(envs, agent, obs, done, num_steps):
+    """A Rollout of num_steps steps from obs [N, obs_dim], done [N]; running statistics frozen.
+
+    Raises FloatingPointError for an observation or a reward that is not finite."""
+    observations, actions, steps = [obs], [], []
+    for _ in range(num_steps):
+        action, env_action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = envs.step(env_action.cpu().numpy())
+        check_finite("an observation of the environment", next_obs)
+        check_finite("a reward of the environment", reward)
+        obs = torch.tensor(next_obs, device=obs.device)
+        observations.append(obs)
+        actions.append(action)
+        steps.append([reward, terminated, terminated | truncated])
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    rewards, terminated, ends = steps.unbind(1)  # [T, N] each
+    valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
+    observations, actions = torch.stack(observations), torch.stack(actions)
+    return Rollout(observations, actions, rewards, terminated, ends, valid)
+
+
+def gae(rollout, values, gamma, lam):
+    """Advantages [T, N] from values [T + 1, N] (Schulman et al. 2016).
+
+    A truncation bootstraps from the value of its last observation; the trace ends at done."""
+    deltas = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
+    advantages = torch.zeros_like(deltas)
+    trace = 0.0
+    for t in reversed(range(len(deltas))):
+        trace = deltas[t] + gamma * lam * (1 - rollout.done[t]) * trace
+        advantages[t] = trace
+    return advantages
+
+
+class Samples(NamedTuple):
+    """The n steps of a rollout that did not only reset, or a block of them."""
+
+    obs: Tensor  # normalised, [n, obs_dim]
+    actions: Tensor  # [n, act_dim]
+    advantages: Tensor  # in units of reward, [n]
+    returns: Tensor  # in PopArt's units, [n]
+    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+
+
+def gather_samples(agent, rollout, advantages, values):
+    """Drop the steps that only reset, renew the running statistics and normalise by them.
+
+    Returns Samples and the policy at them before its updates."""
+    keep = rollout.valid > 0  # [T, N]
+    obs, actions = rollout.obs[:-1][keep], rollout.actions[keep]
+    returns = (advantages + values[:-1])[keep]
+    agent.normalizer.update(obs)
+    agent.popart.update(returns)
+    obs, returns = agent.normalizer(obs), (returns - agent.popart.mean) / agent.popart.std
+    policy = agent.policy(obs)
+    return Samples(obs, actions, advantages[keep], returns, policy.log_prob(actions)), policy
+
+
+def normalized(advantages):
+    """y [B]: the advantages of a block, centred and divided by their root mean square."""
+    centred = advantages - advantages.mean()
+    return centred / (centred.square().mean().sqrt() + 1e-8)
+
+
+def minibatches(samples, count):
+    """The samples in random order, in count blocks of the same size, give or take one."""
+    order = torch.randperm(len(samples.obs), device=samples.obs.device)
+    for rows in order.tensor_split(count):
+        yield Samples(*(column[rows] for column in samples))
+
+
+def adapt_learning_rate(learning_rate, kl, low, largest):
+    """The next rollout's step size: keeps the KL divergence of a rollout in [low, 4 low]."""
+    if kl > 4 * low:
+        return max(learning_rate / 1.5, 1e-4)
+    if kl < low:
+        return min(learning_rate * 1.5, largest)
+    return learning_rate
+
+
+@torch.no_grad()
+def rollout_metrics(agent, old_policy, samples):
+    """How far the updates moved the policy, how good the critic was: over all samples."""
+    policy = agent.policy(samples.obs)
+    variance = samples.returns.var() * agent.popart.std.square()
+    return {
+        "losses/kl": kl_divergence(old_policy, policy).mean(),
+        "losses/entropy": policy.entropy().mean(),
+        "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
+        "losses/advantage_rms": samples.advantages.std(correction=0),
+    }
+
+
+def run_metrics(envs, global_step, started):
+    """Means of the last 100 training episodes (nan before one has ended), and the speed."""
+    seconds = time.time() - started
+    return {
+        "charts/episodic_return": np.mean(envs.return_queue or np.nan),
+        "charts/episodic_length": np.mean(envs.length_queue or np.nan),
+        "charts/SPS": global_step / seconds,
+        "charts/wall_seconds": seconds,
+    }
+
+
+def run_folder(args):
+    """Where checkpoint.pt, progress.csv, config.json and TensorBoard's events of the run are."""
+    return Path(args.output_dir) / args.run_name
+
+
+def save_checkpoint(args, state):
+    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    partial = run_folder(args) / "checkpoint.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, run_folder(args) / "checkpoint.pt")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(args):
+    """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
+    path = run_folder(args) / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        if saved["algorithm"] != ALGORITHM:
+            raise ValueError(
+                f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
+                "resume it there or, where that is this script's old name, rename it back"
+            )
+        saved["args"] = Args(**saved["args"])
+    except Exception as error:  # damage raises anything from EOFError to UnpicklingError
+        fail(f"--resume: cannot use {path} ({type(error).__name__}): {str(error).split('. ')[0]}.")
+    return saved
+
+
+def check_resumed(args, saved):
+    """Refuse arguments that would make it another run, all at once."""
+    may_change = ("total_timesteps", "vectorization", "device", "run_name", "output_dir", "resume")
+    theirs = vars(saved["args"])
+    changed = [n for n, v in vars(args).items() if n not in may_change and v != theirs[n]]
+    if changed:
+        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
+        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
+    if args.total_timesteps < saved["global_step"]:
+        fail(
+            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
+            "give more or leave it out."
+        )
+
+
+def parse_args():
+    """The command line as Args; with --resume, what it leaves out is as the run had it."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args)["args"])
+    return args
+
+
+class Logger:
+    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
+
+    Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
+    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
+
+    def __init__(self, args, step, csv_size):
+        folder = run_folder(args)
+        if args.total_timesteps < args.num_envs * args.num_steps:
+            fail(
+                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
+                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=args.resume)
+            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
+            if fcntl is not None:
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+            (folder / "config.json").write_text(config)
+        except OSError as error:
+            fail(
+                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
+                "--run-name, --resume the run or await its end."
+            )
+        self.csv.truncate(min(csv_size, self.csv.tell()))
+        self.csv.seek(0, os.SEEK_END)
+        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
+
+    def write(self, step, metrics):
+        """A point a tag and a row, whose columns are what follows the tags' slashes.
+
+        Raises FloatingPointError for a value that is not finite, but for those of charts/."""
+        row = {"global_step": step}
+        for tag, value in metrics.items():
+            value = float(value)
+            group, column = tag.split("/")
+            if group != "charts":
+                check_finite(tag, value)
+            row[column.lower()] = value
+            self.events.add_scalar(tag, value, step)
+        self.events.flush()
+        if self.csv.tell() == 0:
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv, flush=True)
+        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
+        self.bar.update(step - self.bar.n)
+
+    def close(self):
+        """Close the files, which ends the lock."""
+        for part in (self.csv, self.events, self.bar):
+            part.close()
+
+
+@contextmanager
+def one_sentence(args):
+    """Whatever ends the run within, end it with one sentence and the way to continue it.
+
+    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
+
+    def end(sentence, code):
+        if (run_folder(args) / "checkpoint.pt").exists():
+            fail(
+                f"{sentence}; continue with --resume --run-name {args.run_name} "
+                f"--output-dir {args.output_dir}.",
+                code,
+            )
+        fail(f"{sentence}.")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        end(f"{type(error).__name__}: {error} ({where})", 1)
+
+
+# ---- The algorithm's core: scores, targets of actor and critic, block Kaczmarz ---------------
+
+
+class LayerScores(NamedTuple):
+    """A linear layer's columns of H: row i is the outer product g_i x_i^T."""
+
+    params: list  # weight [d_out, d_in] and, if there is one, bias [d_out]
+    x: Tensor  # the layer's inputs, a 1 appended for the bias, [B, d_in (+ 1)]
+    grad_out: Tensor  # g: gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
+
+
+def tape_scores(actor, obs, actions):
+    """H, the rows d log pi(a_i|s_i) / d theta, by layer: one forward and one backward pass.
+
+    Raises TypeError, by name, for a layer whose scores do not have that form."""
+    layers = {m: name for name, m in actor.named_modules() if m._parameters}
+    calls = []  # (layer, inputs, output)
+    hooks = [m.register_forward_hook(lambda *call: calls.append(call)) for m in layers]
     with torch.enable_grad():
         log_prob = actor(obs).log_prob(actions).sum()
     for hook in hooks:
         hook.remove()
-    for m, name in layers.items():  # _version: an in-place activation has overwritten the output
-        once = type(m) is nn.Linear and [(z.shape[:-1], z._version) for *_, z in calls[m]] == [(obs.shape[:1], 0)]
-        if not once or sum(p.requires_grad for p in set(owned)) < len(owned):
-            raise TypeError(f"the tape takes trained Linear called once on [B, d], not {name} {m}: use --jacobian vmap")
-    grads = torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers])
-    return [(calls[m][0][0].detach(), g, list(m.parameters())) for m, g in zip(layers, grads, strict=True)]
+    check_tape(layers, calls, len(obs))
+    grads = torch.autograd.grad(log_prob, [output for _, _, output in calls])
+    scores = []
+    for (m, (x,), _), grad_out in zip(calls, grads):
+        if m.bias is not None:
+            x = nn.functional.pad(x, (0, 1), value=1.0)
+        scores.append(LayerScores(list(m.parameters()), x.detach(), grad_out))
+    return scores
 
 
-def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-    """The same from materialised per-sample gradients, for most modules: each parameter is a layer with input 1."""
-    score = grad(lambda named, obs, action: functional_call(actor, named, obs[None]).log_prob(action[None])[0])
-    params = {n: p for n, p in actor.named_parameters() if p.requires_grad}
-    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)({n: p.detach() for n, p in params.items()}, obs, actions)
-    return [(rows[n].new_ones(len(obs), 1), rows[n].flatten(1), [p]) for n, p in params.items()]
+def check_tape(layers, calls, batch):
+    """Raise TypeError for a layer of which (5) to (7) do not hold."""
+    owned = [p for m in layers for p in m.parameters(recurse=False)]
+    for m, name in layers.items():
+        outputs = [output for layer, _, output in calls if layer is m]
+        if type(m) is not nn.Linear:
+            problem = "is no Linear"
+        elif len(outputs) != 1 or len(outputs[0]) != batch:
+            problem = "is not called once with a row a sample"
+        elif outputs[0]._version > 0:
+            problem = "has its output overwritten in place"
+        elif sum(p.requires_grad for p in set(owned)) < len(owned):
+            problem = "or another is no trained Linear with parameters of its own"
+        else:
+            continue
+        raise TypeError(
+            f"layer {name} {m} {problem}: use Linear, or rat_continuous.py --jacobian vmap"
+        )
 
 
-def rat_targets(
-    model: nn.Module, obs: Tensor, actions: Tensor, epsilon: Tensor, advantages: Tensor, weights: Tensor,
-    damping: float, previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Transformed advantages of actor and critic, both [B]: (damping + H H^T Sigma)^-1 of y and of 1, zero where w is.
-
-    H has the rows grad log pi(a_i|s_i) + 2 eps_i grad V(s_i) over all parameters; epsilon is eps [B], from N(0, 1).
-    advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0). With previous, one
-    tensor a parameter, the right-hand sides are y - H previous and 1 - H previous. Raises FloatingPointError
-    where scores or advantages are not finite, TypeError for a layer that only jacobian="vmap" takes."""
-    drawn = torch.cat([actions.view(len(obs), -1), epsilon[:, None]], 1)  # [B, act_dim + 1]
-    scores = {"tape": tape_scores, "vmap": vmap_scores}[jacobian](model, obs, drawn)
-    memory = dict(zip(model.parameters(), previous, strict=True)) if previous is not None else {}
-    with torch.no_grad():
-        kernel, sides = 0.0, torch.stack([advantages, torch.ones_like(advantages)], 1)  # [B, 2]
-        for x, g, (weight, *bias) in scores:
-            kernel = kernel + (g @ g.T) * (x @ x.T + len(bias))  # H H^T, [B, B], (5)
-            if memory:  # both minus H previous, [B, 2], (6)
-                sides = sides - ((g @ memory[weight].view(g.shape[1], x.shape[1])) * x).sum(1, keepdim=True)
-                sides = sides - sum((g @ memory[b])[:, None] for b in bias)
-
-        root = (weights / weights.count_nonzero().clamp(min=1)).sqrt()[:, None]  # S = Sigma^1/2, [B, 1]
-        system = root * kernel * root.T + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
-        factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
-        solution = torch.cholesky_solve(root * sides, factor)  # S times the targets, [B, 2], (2)
-        if not (info == 0) & solution.isfinite().all():
-            raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
-        return tuple((solution / root).where(root > 0, 0).T)
+def kernel(scores):
+    """H H^T [B, B], (5)."""
+    return sum((s.grad_out @ s.grad_out.T) * (s.x @ s.x.T) for s in scores)
 
 
-def joint_step(args: Args, agent: nn.Module, batch: tuple, memory: list | None) -> tuple:
-    """Direction to apply for the block (obs, actions, eps, R, log pi_old, y, share), its l2 norm before the clip,
-    memory for the next block, mean (V - R)^2. With A, C of rat_targets and means over valid samples it is -grad L,
-        L = -mean(ratio A) - ent_coef entropy + vf_coef mean((V - R)^2 C),    (8)
-    which is not exactly H^T Sigma A: where H holds the sampled eps, L holds the real error V - R.
+def score_norm_sq(scores):
+    """The diagonal of (5), the squared norms of the rows of H, [B]."""
+    return sum(s.grad_out.square().sum(1) * s.x.square().sum(1) for s in scores)
 
-    paper:   A, C of y - H g_{j-1}, 1 - H g_{j-1}; g_j = g_{j-1} - grad L stays within a rollout, clipped when applied.
-    release: A, C of y + H d_{j-1}, 1 + H d_{j-1}; d_j = clip(-grad L) stays across rollouts.
-    off:     A, C of y, 1; nothing stays."""
-    obs, actions, epsilon, returns, old_log_prob, y, share = batch  # share [B]: x @ share is the mean of valid x [B]
-    policy, value = agent(obs)
-    ratio = (policy.log_prob(actions) - old_log_prob).clamp(math.log(0.1), math.log(10)).exp()
-    previous = [-d for d in memory] if memory and args.kaczmarz == "release" else memory
-    weights = ratio.detach() * (share > 0)
-    a, c = rat_targets(agent, obs, actions, epsilon, y, weights, args.damping, previous, args.jacobian)
-    error = (value - returns).square()
-    loss = (args.vf_coef * error * c - ratio * a - args.ent_coef * policy.entropy()) @ share  # (8)
+
+def product(scores, v):
+    """H v [B], (6); v maps parameters to tensors of their shapes."""
+    total = 0.0
+    for s in scores:
+        columns = [v[p].view(s.grad_out.shape[1], -1) for p in s.params]
+        total = total + ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
+    return total
+
+
+def solve(scores, rhs, ratio, damping):
+    """Sigma (damping I + H H^T Sigma)^-1 rhs [..., B], (2), Sigma = diag(ratio) / #(ratio > 0).
+
+    Raises FloatingPointError where the solution is not finite."""
+    sigma = ratio / ratio.count_nonzero().clamp(min=1)
+    if 6e-8 * (sigma @ score_norm_sq(scores)) > 0.01 * damping:  # float32 would round damping off
+        scores = [s._replace(x=s.x.double(), grad_out=s.grad_out.double()) for s in scores]
+    sqrt_sigma = sigma.sqrt()  # S, [B]
+    damped_kernel = sqrt_sigma[:, None] * kernel(scores) * sqrt_sigma  # S H H^T S, [B, B]
+    damped_kernel.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped_kernel)
+    scaled = (sqrt_sigma * rhs).to(factor.dtype)[..., None]
+    solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
+    if info != 0 or not solution.isfinite().all():
+        raise FloatingPointError(
+            "the actor update's Cholesky solve is not finite: "
+            "scores or advantages are bad, or damping is too low"
+        )
+    return solution.to(rhs.dtype)
+
+
+@torch.no_grad()
+def rat_targets(model, obs, actions, epsilon, advantages, weights, damping, previous=None):
+    """Transformed advantages A of the actor and C of the critic, [2, B], zero where weights are.
+
+    They are (damping I + H H^T Sigma)^-1 of y - H previous and of 1 - H previous. epsilon [B] is
+    drawn from N(0, 1); advantages are y [B], used as given; weights are the ratios w [B]; previous
+    is one tensor per model.parameters(). Raises FloatingPointError where scores or advantages are
+    not finite, TypeError as tape_scores."""
+    scores = tape_scores(model, obs, (actions, epsilon))
+    rhs = torch.stack([advantages, torch.ones_like(advantages)])  # [2, B]
+    if previous is not None:
+        rhs = rhs - product(scores, dict(zip(model.parameters(), previous, strict=True)))
+    weighted = solve(scores, rhs, weights, damping)  # Sigma A, Sigma C
+    return (weighted * weights.count_nonzero() / weights).where(weights > 0, 0)
+
+
+def joint_loss(args, policy, value, ratio, returns, a, c):
+    """L = -mean(ratio A) - ent_coef mean(entropy) + vf_coef mean((V - R)^2 C), (8).
+
+    a and c are rat_targets', without gradient; value and returns are in PopArt's units. -grad L is
+    not exactly H^T Sigma A: H holds the drawn eps, L the real error V - R."""
+    actor_loss = -(ratio * a).mean()
+    entropy = policy.entropy().mean()
+    critic_loss = ((value - returns).square() * c).mean()
+    return actor_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
+
+
+def joint_direction(args, agent, block, previous):
+    """Direction to apply for a block of samples, its norm, what the next block gets as previous.
+
+    paper:   g_j = g_{j-1} - grad L, clipped only when applied; remembered within a rollout.
+    release: d_j = clip(-grad L) for y + H d_{j-1} and 1 + H d_{j-1}, remembered across rollouts:
+             the published code's rule.
+    off:     -grad L for y and 1 on every block; nothing is remembered."""
+    policy, value = agent(block.obs)
+    log_ratio = policy.log_prob(block.actions) - block.log_prob
+    ratio = log_ratio.clamp(math.log(0.1), math.log(10)).exp()  # exp() first may overflow
+    weights = ratio.detach()  # w
+    y = normalized(block.advantages)
+    epsilon = torch.randn_like(y)
+    problem = (agent, block.obs, block.actions, epsilon, y, weights, args.damping)
+    a, c = rat_targets(*problem, previous)
+    loss = joint_loss(args, policy, value, ratio, block.returns, a, c)
     direction = [-g for g in torch.autograd.grad(loss, list(agent.parameters()))]
-    if memory and args.kaczmarz == "paper":
-        direction = [g + d for g, d in zip(memory, direction, strict=True)]
+    if args.kaczmarz == "paper":
+        direction = [p + d for p, d in zip(previous, direction)]
     norm = nn.utils.get_total_norm(direction)
-    applied = [g * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1) for g in direction]  # (4)
-    return applied, norm, {"paper": direction, "release": applied, "off": None}[args.kaczmarz], error.detach() @ share
+    factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    applied = [g * factor for g in direction]  # (4)
+    remembered = {"paper": direction, "release": [-d for d in applied], "off": previous}
+    return applied, norm, remembered[args.kaczmarz]
 
 
-# Rollout and generalised advantage estimation
-class Collector:
-    """Steps the environments; holds what outlives a rollout: last observations, done flags, running episodes."""
-
-    def __init__(self, envs: gym.vector.VectorEnv, obs: np.ndarray):
-        self.envs, self.obs, self.done = envs, obs, np.zeros(len(obs), dtype=bool)
-        self.running = np.zeros((len(obs), 2))  # return and length so far
-        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
-
-    def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
-        """T = num_steps steps of all N environments with the observation statistics frozen.
-
-        Returns raw obs [T + 1, N, obs_dim], actions [T, N, act_dim], and rewards, terminated, done (terminated or
-        truncated), valid (0 where the step only reset) [T, N]. Raises FloatingPointError at values not finite."""
-        obs, actions, steps = [torch.as_tensor(self.obs, dtype=torch.float32, device=device)], [], []
-        for _ in range(num_steps):
-            valid = ~self.done
-            action, env_action = agent.act(obs[-1])
-            self.obs, reward, terminated, truncated, _ = self.envs.step(env_action.cpu().numpy())
-            for name, value in (("an observation", self.obs), ("a reward", reward)):
-                if not np.isfinite(value).all():
-                    raise FloatingPointError(f"the environment returned {name} that is not finite")
-            self.done = terminated | truncated
-            self.running += np.stack([reward * valid, valid], 1)
-            self.finished.extend(map(tuple, self.running[self.done].tolist()))
-            self.running[self.done] = 0
-            actions.append(action)
-            obs.append(torch.as_tensor(self.obs, dtype=torch.float32, device=device))
-            steps.append(np.stack([reward, terminated, self.done, valid]))
-        steps = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)  # [4, T, N]
-        return torch.stack(obs), torch.stack(actions), *steps
+# ---- Training --------------------------------------------------------------------------------
 
 
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
-    advantages, trace = torch.zeros_like(rewards), 0.0
-    deltas = rewards + gamma * values[1:] * (1 - terminated) - values[:-1]
-    for t in reversed(range(len(deltas))):
-        advantages[t] = trace = deltas[t] + gamma * lam * (1 - done[t]) * trace
-    return advantages
-
-
-# Checkpoint and logging
-def load_checkpoint(args: Args, path: Path) -> dict:
-    """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
-    except Exception as error:
-        fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
-    free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
-    for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
-            fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
-    return saved
-
-
-class Logger:
-    """progress.csv, TensorBoard events and the progress bar (a line every 5 % where stderr is no terminal)."""
-
-    def __init__(self, folder: Path, step: int, total: int):
-        path, self.total, self.printed = folder / "progress.csv", total, step
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
-        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row and one point a tag; metrics maps tag to value, the column is what follows the slash."""
-        row = {"global_step": step} | {tag.split("/")[1].lower(): value for tag, value in metrics.items()}
-        if os.path.getsize(self.csv.name) == 0:
-            print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv)
-        for tag, value in metrics.items():
-            self.events.add_scalar(tag, value, step)
-        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and (step - self.printed) * 20 >= self.total:
-            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
-            self.printed = step
-
-
-# Training
-def main(args: Args) -> None:
-    """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
-    check_args(replace(args, ent_coef=args.ent_coef or 1.0))  # which may be 0, the other coefficients may not
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
-    checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(args, checkpoint) if args.resume else {}
-    stop = []  # holds the signal that asked for the end; async workers inherit the handler, so Ctrl-C leaves them alive
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    torch.manual_seed(args.seed)
+def main(args: Args):
+    """Train. A checkpoint of the last whole iteration is always on the disk."""
+    saved = {}
+    if args.resume:
+        saved = load_checkpoint(args)
+        check_resumed(args, saved)
     batch_size = args.num_envs * args.num_steps
-    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
-    learning_rate, memory = saved.get("learning_rate", args.learning_rate), saved.get("kaczmarz")
-    envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
-    collector = Collector(envs, obs)
-    agent = Agent(envs.single_observation_space, envs.single_action_space).to(device)
-    popart = agent.value
+    global_step = saved.get("global_step", 0)
+    learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
+    started = time.time() - saved.get("wall_seconds", 0.0)
+    envs, obs = make_envs(args, seed_generators(args, global_step))
+    obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
+    done = torch.zeros(args.num_envs, device=args.device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
     if saved:
         agent.load_state_dict(saved["agent"])
-        collector.finished.extend(saved["episodes"])
-        memory = memory and [d.to(device) for d in memory]
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-    try:
-        folder.mkdir(parents=True, exist_ok=args.resume)
-        (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
-        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
-    except OSError as error:
-        fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
+        envs.return_queue.extend(saved["episodes"][0])
+        envs.length_queue.extend(saved["episodes"][1])
+    zeros = [torch.zeros_like(p) for p in agent.parameters()]
+    previous = saved.get("previous", zeros)  # g_{j-1} or -d_{j-1}
+    action, _ = agent.act(obs)
+    tape_scores(agent, agent.normalizer(obs), (action, done))  # refuses: no run folder yet
+    logger = Logger(args, global_step, saved.get("csv_size", 0))
+    task = getattr(envs.spec, "id", args.env_id)  # with the version that was made
+    print(f"{task}: tensorboard --logdir {run_folder(args)}", file=sys.stderr)
 
-    def state() -> dict:
-        return {
-            "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "kaczmarz": memory,
-            "learning_rate": learning_rate, "global_step": global_step, "wall_seconds": time.time() - started,
-            "episodes": list(collector.finished), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }  # fmt: skip
+    def save():
+        """All that a resumed run needs; its environments start new episodes."""
+        state = {
+            "agent": agent.state_dict(),
+            "learning_rate": learning_rate,
+            "previous": previous,
+            "global_step": global_step,
+            "wall_seconds": time.time() - started,
+            "csv_size": logger.csv.tell(),
+            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
+        }
+        save_checkpoint(args, state)
 
-    def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on reach the operating system before it
-        with open(checkpoint.with_suffix(".partial"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
+    save()
+    while global_step + batch_size <= args.total_timesteps:
+        # Rollout, advantages, samples
+        rollout = collect(envs, agent, obs, done, args.num_steps)
+        obs, done = rollout.obs[-1], rollout.done[-1]
+        global_step += batch_size
+        with torch.no_grad():
+            values = agent.value(rollout.obs)  # [T + 1, N]
+            advantages = gae(rollout, values, args.gamma, args.gae_lambda)
+            samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
-    save(state())
-    while global_step + batch_size <= args.total_timesteps and not stop:
-        last_good, phase = copy.deepcopy(state()), "rollout"
-        try:
-            global_step += batch_size
-            obs, actions, rewards, terminated, done, valid = collector.collect(agent, args.num_steps, device)
-            with torch.no_grad():
-                values = agent(agent.normalizer(obs)).value * popart.std + popart.mean  # [T + 1, N]
-                advantages = gae(rewards, values, terminated, done, args.gamma, args.gae_lambda)  # [T, N]
-                returns, valid, used = (advantages + values[:-1]).flatten(), valid.flatten(), valid.flatten() > 0
-                obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
-                popart.update(returns[used])
-                returns = (returns - popart.mean) / popart.std
-                agent.normalizer.update(obs[used])
-                obs = agent.normalizer(obs)
-                old_agent = copy.deepcopy(agent)
-                old_log_prob = old_agent(obs).policy.log_prob(actions)
-            memory, logged = None if args.kaczmarz == "paper" else memory, []
-            for _ in range(args.update_epochs):
-                epsilon = torch.randn_like(advantages)  # a sample is in one block of a pass
-                data = (obs, actions, epsilon, returns, old_log_prob)
-                for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-                    phase = f"update {len(logged) + 1}"
-                    share = valid[block] / valid[block].sum().clamp(min=1)  # 1 / n for n valid samples
-                    y = advantages[block] - advantages[block] @ share
-                    rms = (y.square() @ share).sqrt() + 1e-8
-                    batch = (*(x[block] for x in data), y / rms, share)
-                    applied, norm, memory, value_loss = joint_step(args, agent, batch, memory)
-                    torch._foreach_add_([p.data for p in agent.parameters()], applied, alpha=learning_rate)  # (4)
-                    logged.append(torch.stack([norm, value_loss]))
-            with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
-                policy = agent(obs[block]).policy
-                log_ratio = policy.log_prob(actions[block]) - old_log_prob[block]
-                drawn = torch.cat([actions[block].view(len(block), -1), epsilon[block, None]], 1)
-                scores = {"tape": tape_scores, "vmap": vmap_scores}[args.jacobian](agent, obs[block], drawn)
-                trace = sum((g.square().sum(1) * (x.square().sum(1) + len(p) - 1)) @ share for x, g, p in scores)
-                means = torch.stack(logged).mean(0)  # over all blocks
-                metrics = dict(zip(("rat/direction_norm", "losses/value_loss"), means, strict=True)) | {
-                    "rat/kl": kl_divergence(old_agent(obs[block]).policy, policy) @ share,
-                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # sampled
-                    "losses/entropy": policy.entropy() @ share,
-                    "losses/explained_variance": 1 - advantages[used].var() / returns[used].var() / popart.std**2,
-                    "rat/kernel_trace": trace,  # mean squared norm of a score, to hold against damping
-                    "rat/ratio_max": torch.where(share > 0, log_ratio, -torch.inf).max().exp(),
-                    "rat/advantage_rms": rms,
-                }
-            metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            for tag in ("rat/kl", "losses/entropy", "rat/direction_norm", "losses/value_loss"):
-                if not math.isfinite(metrics[tag]):
-                    raise FloatingPointError(f"{tag} is not finite")
-        except FloatingPointError as error:
-            save(last_good)
-            fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-        wall_seconds = time.time() - started
-        episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
-        metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
-        metrics |= {"charts/learning_rate": learning_rate, "rat/damping": args.damping}
-        metrics |= {"charts/SPS": global_step / wall_seconds, "charts/wall_seconds": wall_seconds}
+        # Actor and critic
+        norms = []
+        if args.kaczmarz == "paper":
+            previous = zeros  # g_0
+        for _ in range(args.update_epochs):
+            for block in minibatches(samples, args.num_minibatches):
+                direction, norm, previous = joint_direction(args, agent, block, previous)
+                with torch.no_grad():
+                    for p, d in zip(agent.parameters(), direction):
+                        p.add_(d, alpha=learning_rate)  # (4)
+                norms.append(norm)
+
+        # Metrics, step size, checkpoint
+        epsilon = torch.randn_like(samples.returns)
+        scores = tape_scores(agent, samples.obs, (samples.actions, epsilon))
+        metrics = rollout_metrics(agent, old_policy, samples)
+        metrics |= run_metrics(envs, global_step, started)
+        metrics["charts/learning_rate"] = learning_rate
+        error = agent(samples.obs).value.detach() - samples.returns
+        metrics["losses/value_loss"] = error.square().mean()
+        metrics["rat/direction_norm"] = torch.stack(norms).mean()  # before the clip
+        metrics["rat/score_norm_sq"] = score_norm_sq(scores).mean()  # to hold against damping
         logger.write(global_step, metrics)
-        factor = 1 / 1.5 if metrics["rat/kl"] > 0.02 else 1.5 if metrics["rat/kl"] < 0.005 else 1
-        learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
-        if global_step // batch_size % args.checkpoint_interval == 0:
-            save(state())
-    save(state())
-    for part in (envs, logger.bar, logger.csv, logger.events):
-        part.close()
-    episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
-    print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
-        fail(f"stopped by signal {stop[0]}, continue with --resume --run-name {args.run_name}.", 128 + stop[0])
+        kl = metrics["losses/kl"].item()
+        learning_rate = adapt_learning_rate(learning_rate, kl, 0.005, args.learning_rate)
+        save()
+
+    logger.close()
+    envs.close()
+    result = np.mean(envs.return_queue or np.nan)
+    print(
+        f"{task}: episodic_return {result:.1f} in training, with noise; "
+        f"without: python enjoy.py {run_folder(args) / 'checkpoint.pt'}"
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args()
+    with one_sentence(arguments):
+        main(arguments)

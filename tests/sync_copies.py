@@ -34,7 +34,12 @@ DIFFERS = {
         "rat_direction": "the tape has a limit on its memory",
         "kaczmarz_direction": "as rat_direction, and has one rule",
     },
-    "rat_shared": {},
+    "rat_shared": {
+        "Agent": "one trunk for policy and value, Discrete actions too",
+        "check_spaces": "Discrete actions too",
+        "check_tape": "there is no --jacobian vmap to point to",
+        "solve": "two right-hand sides",
+    },
     "sophia_ppo": {
         "Actor": "with --shared it has a value head on its trunk",
         "Agent": "with --shared its critic is on the actor's trunk",
