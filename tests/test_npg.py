@@ -368,6 +368,19 @@ def applied(script, bound, row, gradient, direction):
     return row["learning_rate"] * min(1.0, bound / (length.item() + 1e-6)) * direction
 
 
+def check_core(script, handed, actor, block, g):
+    """g and lambda, with the block's observations or the score of one of its samples."""
+    if script == "npg_cg":
+        _, obs, gradient, damping, _ = handed
+        assert torch.equal(obs, block.obs)
+    else:
+        gradient, u, damping = handed
+        scores = score_matrix(actor, block.obs, block.actions)
+        assert (scores - u).norm(dim=1).min() < 1e-3 * u.norm()
+    assert gradient is g
+    assert damping == 0.1
+
+
 @pytest.mark.parametrize(
     ("script", "core", "bound", "rate"),
     [("npg_cg", "natural_gradient", 0.5, 0.6), ("npg_rank1", "rank1_direction", 5.0, 0.02)],
@@ -401,7 +414,7 @@ def test_a_run_hands_its_core_and_critic_what_the_rollout_says(
             ratio = np.exp(log_prob(now, obs, actions) - before)
             weighted = np.clip(ratio, 0.1, 10) * y
             assert relative(g, weighted_gradient(now.policy, obs, actions, weighted)) < 1e-2
-            assert any(argument is g for argument in handed)
+            check_core(script, handed, now.policy, block, g)
             moved = flat(after.policy.parameters()) - flat(now.policy.parameters())
             step = applied(script, bound, iteration.row, g, d)
             torch.testing.assert_close(moved, step, rtol=1e-2, atol=1e-5)
