@@ -1,20 +1,44 @@
-"""ACKTR (Wu et al. 2017): actor-critic with a Kronecker-factored trust region, K-FAC or EK-FAC, separate or shared.
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.3.7",
+#     "numpy==1.26.4",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""ACKTR (Wu et al. 2017, arXiv:1708.05144): actor-critic by K-FAC or EK-FAC.
 
-Run: python acktr.py --env-id HalfCheetah-v5    Equation numbers: README.md, "How it works".
+Run: python acktr.py --env-id HalfCheetah-v5. Equation numbers: docs/algorithm.md.
+
+    for each rollout:
+        step the environments with the policy                            collect
+        advantages and returns                                           gae
+        drop the steps that only reset, renew the running statistics     gather_samples
+        for each pass, for each block of samples:                        minibatches
+            average the factors of the Fisher matrix                     factors, (9)
+            divide the gradient in their eigenbases                      precondition, (10)
+            bound the predicted KL divergence, step with momentum        KFAC.step, (11)
+        regress the critic on the returns                                fit_critic
+        adapt the step size to the KL divergence                         adapt_learning_rate
+        write a row of metrics and a checkpoint                          Logger, save_checkpoint
 """
 
-import atexit
-import copy
 import json
-import math
 import os
+import random
 import signal
 import sys
 import time
-from collections import deque
+import traceback
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -25,25 +49,30 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
 ALGORITHM = "acktr"
+Distribution.set_default_validate_args(False)  # values that are not finite are found in the step
 
 
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id: flat Box observations, bounded Box actions
-    total_timesteps: int = 1_000_000  # environment steps of the whole run, all environments together
+    total_timesteps: int = 1_000_000  # environment steps of the run, all environments together
     num_envs: int = 32  # environments stepped side by side
     num_steps: int = 64  # steps of each environment in one rollout
-    vectorization: Literal["sync", "async", "envpool"] = "sync"  # one process, one an environment, EnvPool's threads
-    shared: bool = False  # one trunk for actor and critic, one step for both; the critic_* fields have no effect then
-    ekfac: bool = False  # second moments measured in the eigenbasis of the factors, instead of their eigenvalues
-    update_epochs: int = 4  # passes of K-FAC over the rollout
-    num_minibatches: int = 4  # blocks in a pass, each of num_envs * num_steps / num_minibatches samples
-    learning_rate: float = 0.01  # first and largest K-FAC step size
+    vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
+    shared: bool = False  # one trunk for actor and critic, one step for both: no use for critic_*
+    ekfac: bool = False  # second moments measured in the eigenbases replace the eigenvalues
+    update_epochs: int = 4  # K-FAC passes over the rollout
+    num_minibatches: int = 4  # K-FAC blocks in a pass
+    learning_rate: float = 0.01  # first and largest K-FAC step size; the KL adapts it below that
     damping: float = 0.01  # added to the eigenvalues of a layer's Fisher block, > 0
-    kl_clip: float = 1e-3  # bound on lr^2 v.grad, twice the KL that the quadratic model predicts for a step
-    stat_decay: float = 0.95  # share of the old statistics in the running averages, in (0, 1)
-    inverse_interval: int = 10  # updates between eigendecompositions of the factors
+    kl_clip: float = 1e-3  # kappa of (11), twice the KL that the factors predict for a step
+    inverse_update_period: int = 10  # updates between eigendecompositions of the factors
     critic_epochs: int = 4  # critic passes over the rollout
     critic_minibatches: int = 8  # critic minibatches in a pass
     critic_learning_rate: float = 1e-3  # Adam step size of the critic
@@ -51,450 +80,759 @@ class Args:
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
     seed: int = 1  # of networks, sampling and environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    run_name: str = ""  # folder below output_dir; default {env_id}__acktr__{seed}__{unix time}
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
+    run_name: str = ""  # folder below output_dir; default {env_id}__acktr__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    checkpoint_interval: int = 50  # iterations between checkpoints; also at the end and on SIGINT or SIGTERM
-    resume: bool = False  # continue run_name from its checkpoint
+    resume: bool = False  # continue run_name: what is not given is as that run had it
+
+    def __post_init__(self):
+        check_args(self, may_be_zero=("seed", "resume", "shared", "ekfac"))
 
 
-# Arguments and environments
-def fail(sentence: str, code: int = 2) -> NoReturn:
-    """End the program with one sentence on stderr. Exit code 2: bad input; 1: the run broke down."""
-    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
-    raise SystemExit(code)
+# ---- Environments ----------------------------------------------------------------------------
 
 
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work."""
-    batch_size = args.num_envs * args.num_steps
-    for name, value in vars(args).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", {"seed": 0, "num_steps": 2}.get(name, 1)
-        if type(value) is int and not least <= value < 2**31:
-            fail(f"{flag} must lie in [{least}, 2**31).")
-        if type(value) is float and not 0 < value < math.inf:
-            fail(f"{flag} must be positive and finite.")
-        if name in ("gamma", "gae_lambda") and value > 1:
-            fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
+def make_envs(args, seeds):
+    """Vector environment in NEXT_STEP mode (the step after `done` only resets), first obs [N, d].
 
-
-def make_envs(args: Args, seed: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """Vector environment and first observations [N, obs_dim]; NEXT_STEP: the step after `done` only resets."""
+    seeds: one for each environment. Ends the program where the environment cannot be made."""
     gym.logger.min_level = gym.logger.ERROR  # "v4 is out of date" is the caller's choice, not news
-    if args.vectorization == "envpool":
-        try:
-            import envpool
-        except ImportError:
-            fail("--vectorization envpool needs EnvPool: pip install envpool, or use --vectorization sync.")
-        if args.env_id not in envpool.list_all_envs():
-            fail(f"--env-id {args.env_id} is not among EnvPool's environments, use --vectorization sync.")
-        options = {"num_envs": args.num_envs, "seed": seed % 2**31, "num_threads": torch.get_num_threads()}
-        options |= {"post_constraint": True} if args.env_id[:-3] in ("Humanoid", "HumanoidStandup") else {}  # contacts
-        envs = envpool.make_gymnasium(args.env_id, **options)
-    else:
-        mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-        try:
-            envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization, vector_kwargs=mode)
-        except (gym.error.Error, ImportError) as error:
-            fail(f"--env-id {args.env_id} cannot be made: {error}")
-    atexit.register(envs.close)  # whatever ends the program, asynchronous workers end with it
-    obs_space, act_space = envs.single_observation_space, envs.single_action_space
-    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs_space, act_space))
-    if not flat or not act_space.is_bounded():
-        fail(f"--env-id {args.env_id} maps {obs_space} to {act_space}, {ALGORITHM} needs flat Boxes, actions bounded.")
-    return envs, (envs.reset() if args.vectorization == "envpool" else envs.reset(seed=seed))[0]
+    try:
+        if args.vectorization == "envpool":
+            envs = make_envpool(args, seeds)
+            seeds = None  # EnvPool takes them only there
+        else:
+            mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
+    except Exception as error:  # whatever an import or a constructor raises
+        fail(
+            f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "
+            f"({type(error).__name__}): {error}"
+        )
+    check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
+    obs, _ = envs.reset(seed=seeds)
+    check_finite("the first observation of the environment", obs)
+    return envs, obs
 
 
-# Networks
+def make_envpool(args, seeds):
+    """The same stepped by EnvPool's threads, as many as PyTorch has."""
+    import envpool
+
+    options = {"num_envs": args.num_envs, "seed": seeds, "num_threads": torch.get_num_threads()}
+    if args.env_id[:-3] in ("Humanoid", "HumanoidStandup"):
+        options["post_constraint"] = True  # the contact forces that Gymnasium's observations have
+    return envpool.make_gymnasium(args.env_id, **options)
+
+
+def check_spaces(env_id, obs_space, act_space):
+    """Refuse what the networks do not take, with the way out."""
+    for space in (obs_space, act_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(
+                f"--env-id {env_id} has {space}, not a flat Box: wrap it in FlattenObservation, "
+                "or use rat_shared.py where actions are Discrete."
+            )
+    low, high = torch.tensor(act_space.low), torch.tensor(act_space.high)
+    bounds = torch.stack([low, high, high - low])
+    if not bounds.is_floating_point() or not bounds.float().isfinite().all():
+        fail(
+            f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
+            "wrap it in a TransformAction."
+        )
+
+
+# ---- Networks --------------------------------------------------------------------------------
+
+
 class ObsNormalizer(nn.Module):
-    """Running mean and variance of observations: forward gives (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
+    """Running mean and variance of observations: (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
-        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, obs: Tensor) -> Tensor:
+    def forward(self, obs):
         return ((obs - self.mean) / (self.var + 1e-5).sqrt()).clamp(-5, 5).float()
 
-    def update(self, obs: Tensor) -> None:
-        """Merge the moments of obs [N, obs_dim] (Chan et al. 1979)."""
-        obs, share = obs.double(), len(obs) / (self.count + len(obs))
+    def update(self, obs):
+        """Merge the moments of obs [n, obs_dim] (Chan et al. 1979); the first replace 0 and 1."""
+        obs = obs.double()
+        share = len(obs) / (self.count + len(obs))
         delta = obs.mean(0) - self.mean
-        self.var.lerp_(obs.var(0, correction=0), share).add_(delta.square() * share * (1 - share))
+        between = delta.square() * share * (1 - share)
+        self.var.lerp_(obs.var(0, correction=0), share).add_(between)
         self.mean.add_(delta * share)
         self.count.add_(len(obs))
 
 
 class PopArt(nn.Module):
-    """Linear value head over returns normalised by their running moments (van Hasselt et al. 2016): [B, d] to [B]."""
+    """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
 
-    def __init__(self, in_features: int, beta: float = 0.99999):
+    def __init__(self, in_features, beta=0.99999):
         super().__init__()
-        self.linear, self.beta = nn.Linear(in_features, 1), beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # running averages of 1, R, R^2
+        self.linear = nn.Linear(in_features, 1)
+        nn.init.kaiming_uniform_(self.linear.weight)  # as in the published code
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.ones((), dtype=torch.float64))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features):
+        """Values [B] in normalised units of features [B, in_features]."""
         return self.linear(features).squeeze(-1)
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> None:
-        """Move the statistics towards returns [N] and rescale the head so that mean + std * output stays the same."""
-        old_mean, old_std, returns = self.mean.clone(), self.std.clone(), returns.double()
-        now = torch.stack([torch.ones_like(old_mean), returns.mean(), returns.square().mean()])
-        weight, first, second = self.moments.lerp_(now, 1 - self.beta)
+    def update(self, returns):
+        """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
+        old_mean, old_std = self.mean.clone(), self.std.clone()
+        powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
+        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
         self.linear.weight.mul_(old_std / self.std)
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-class Actor(nn.Module):
-    """Diagonal Gaussian of the action before its tanh, and if shared a value [B], else None."""
+def mlp(obs_dim, head, hidden):
+    """Two ReLU layers and a head, in PyTorch's default initialisation."""
+    return nn.Sequential(
+        nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), head
+    )
 
-    def __init__(self, obs_dim: int, act_dim: int, shared: bool = False, hidden: int = 256):
+
+class Actor(nn.Module):
+    """Diagonal Gaussian of the action before its tanh; with a value head, values on its trunk."""
+
+    def __init__(self, obs_dim, act_dim, value_head=None, hidden=256):
         super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        self.mean, self.value = nn.Linear(hidden, act_dim), PopArt(hidden) if shared else None
-        self.log_std = nn.Linear(1, act_dim, bias=False)  # state-independent log sigma is a layer with the input 1
+        self.trunk = mlp(obs_dim, nn.Identity(), hidden)
+        self.mean = nn.Linear(hidden, act_dim)
+        self.value_head = value_head
+        self.log_std = nn.Linear(1, act_dim, bias=False)  # log sigma: a layer with the input 1
         nn.init.zeros_(self.log_std.weight)
 
-    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor | None]:
-        features, std = self.trunk(obs), self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, hidden], [B, act_dim]
-        policy = Independent(Normal(self.mean(features), std, validate_args=False), 1, validate_args=False)
-        return policy, self.value(features) if self.value else None
+    def forward(self, obs):
+        """The policy at normalised obs and values [B] in PopArt's units, None without a head."""
+        features = self.trunk(obs)  # [B, hidden]
+        std = self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, act_dim]
+        policy = Independent(Normal(self.mean(features), std), 1)
+        return policy, self.value_head and self.value_head(features)
 
 
 class Agent(nn.Module):
-    """All that it takes to play: observation statistics, actor, critic (in PopArt's units), action bounds."""
+    """All that it takes to play: observation statistics, actor, critic, action bounds."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Box, shared: bool = False):
+    def __init__(self, observation_space, action_space, shared=False):
         super().__init__()
-        obs_dim, act_dim = observation_space.shape[0], action_space.shape[0]
-        self.normalizer, self.actor = ObsNormalizer(obs_dim), Actor(obs_dim, act_dim, shared)
-        own = [nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), PopArt(256)]
-        self.critic = nn.Sequential(*([self.actor.trunk, self.actor.value] if shared else own))
-        self.register_buffer("low", torch.as_tensor(action_space.low, dtype=torch.float32))
-        self.register_buffer("high", torch.as_tensor(action_space.high, dtype=torch.float32))
+        (obs_dim,) = observation_space.shape
+        (act_dim,) = action_space.shape
+        self.normalizer = ObsNormalizer(obs_dim)
+        self.popart = PopArt(256)
+        self.actor = Actor(obs_dim, act_dim, self.popart if shared else None)
+        trunk = self.actor.trunk if shared else mlp(obs_dim, nn.Identity(), 256)
+        self.critic = nn.Sequential(trunk, self.popart)
+        self.register_buffer("low", torch.tensor(action_space.low))
+        self.register_buffer("high", torch.tensor(action_space.high))
+
+    def policy(self, obs):
+        """Distribution of actions at normalised obs [B, obs_dim]."""
+        return self.actor(obs)[0]
+
+    def value(self, obs):
+        """Values in units of reward of raw obs [..., obs_dim]."""
+        return self.critic(self.normalizer(obs)) * self.popart.std + self.popart.mean
 
     @torch.no_grad()
-    def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """Raw obs [B, obs_dim] to the policy's sample (or mean) and the environment's action, both [B, act_dim]."""
-        policy, _ = self.actor(self.normalizer(obs))
-        action = policy.mean if deterministic else policy.sample()
-        return action, self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+    def act(self, obs, deterministic=False):
+        """Raw obs [B, obs_dim] to the policy's sample (or mean) and the environment's action."""
+        policy = self.policy(self.normalizer(obs))
+        action = policy.mean if deterministic else policy.sample()  # [B, act_dim]
+        env_action = self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+        return action, env_action.minimum(self.high)  # rounding may lie above
 
 
-# The algorithm's core: Kronecker factors, eigenbases, the clipped step
-class KFAC(torch.optim.Optimizer):
-    """Natural gradient with a Kronecker-factored Fisher block for each layer, (9) to (11): K-FAC or EK-FAC.
-
-    An update: a forward pass with gradients on, update_statistics(), the loss's backward(), step(). A layer's factors,
-    their eigenvectors, s and momentum are the state of its weight, the bias as last column. Raises TypeError by name
-    for any other module with parameters than Linear and plain Conv2d, and for one that a pass calls twice or never."""
-
-    def __init__(
-        self, model: nn.Module, lr: float, damping: float = 0.01, kl_clip: float = 1e-3, stat_decay: float = 0.95,
-        inverse_interval: int = 10, ekfac: bool = False, momentum: float = 0.9,
-    ):  # fmt: skip
-        self.layers, self.calls = {m: name for name, m in model.named_modules() if m._parameters}, []
-        owned = [p for m in self.layers for p in m.parameters(recurse=False)]
-        for m, name in self.layers.items():
-            plain = type(m) is nn.Conv2d and (m.groups, m.padding_mode, type(m.padding)) == (1, "zeros", tuple)
-            if not (plain or type(m) is nn.Linear) or len(set(owned)) < len(owned):
-                raise TypeError(f"KFAC takes Linear and Conv2d (one group, zero padding), none tied, not {name} {m}")
-            m.register_forward_hook(lambda m, x, z: self.calls.extend([(m, *x, z)] * z.requires_grad))
-        settings = {"lr": lr, "damping": damping, "kl_clip": kl_clip, "stat_decay": stat_decay, "ekfac": ekfac}
-        settings |= {"inverse_interval": inverse_interval, "momentum": momentum, "steps": 0}
-        super().__init__(model.parameters(), settings)
-
-    @torch.no_grad()
-    def update_statistics(self, log_likelihood: Tensor, share: Tensor) -> None:
-        """Running averages of (9) and s from log_likelihood [B] of outputs drawn from the last pass's distribution,
-        weighted by share [B], which sums to 1. Keeps the pass for the loss, puts nothing into .grad."""
-        calls, self.calls = [c for c in self.calls if c[0] in self.layers], []  # without those of a model's copy
-        for m, name in self.layers.items():  # _version: an in-place activation has overwritten the output
-            if [z._version for module, _, z in calls if module is m] != [0]:
-                raise TypeError(f"KFAC takes layers called once, their outputs not overwritten, not {name} {m}")
-        group, weights = self.param_groups[0], share[:, None, None]
-        grads = torch.autograd.grad(log_likelihood, [z for *_, z in calls], torch.ones_like(share), retain_graph=True)
-        for (m, x, _), g in zip(calls, grads, strict=True):
-            if type(m) is nn.Conv2d:  # a linear layer at T positions
-                x, g = nn.functional.unfold(x, m.kernel_size, m.dilation, m.padding, m.stride).mT, g.flatten(2).mT
-            x, g = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, g))  # [B, T, d], [B, T, d_out]
-            x = x if m.bias is None else nn.functional.pad(x, (0, 1), value=1.0)
-            now, stats = {}, self.state[m.weight]
-            now["omega"] = (weights * x).flatten(0, 1).T @ x.flatten(0, 1)  # (9)
-            now["gamma"] = (weights * g).flatten(0, 1).T @ g.flatten(0, 1) / g.shape[1]
-            if group["ekfac"] and "s" in stats:
-                x, g = x @ stats["q_omega"], g @ stats["q_gamma"]
-                once = g.shape[1] == 1  # the outer product's squares are those of its factors
-                now["s"] = (weights * g**2)[:, 0].T @ x[:, 0] ** 2 if once else (weights * (g.mT @ x) ** 2).sum(0)
-            for key, value in now.items():
-                stats[key] = stats[key].lerp(value, 1 - group["stat_decay"]) if key in stats else value
-
-    @torch.no_grad()
-    def eigendecompose(self) -> None:
-        """Eigenbases of the factors; s starts again from the products of their eigenvalues."""
-        for stats in (self.state[m.weight] for m in self.layers):
-            d_omega, stats["q_omega"] = torch.linalg.eigh(stats["omega"])
-            d_gamma, stats["q_gamma"] = torch.linalg.eigh(stats["gamma"])
-            stats["s"] = d_gamma.clamp(min=0)[:, None] * d_omega.clamp(min=0)  # rounding leaves some below 0
-
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """Decompose when due, then (10) and (11) with the gradients in .grad. Returns the trust region's factor."""
-        group, directions, total = self.param_groups[0], [], 0.0
-        if group["steps"] % group["inverse_interval"] == 0:
-            self.eigendecompose()
-        group["steps"] += 1
-        for m in self.layers:
-            params, stats = list(m.parameters(recurse=False)), self.state[m.weight]
-            gradient = torch.cat([p.grad.reshape(len(p), -1) for p in params], 1)  # V, [d_out, d]
-            rotated = stats["q_gamma"].T @ gradient @ stats["q_omega"]
-            v = stats["q_gamma"] @ (rotated / (stats["s"] + group["damping"])) @ stats["q_omega"].T  # (10)
-            total = total + (v * gradient).sum()
-            directions.append((params, stats, v))
-        if not total.isfinite():
-            raise FloatingPointError("the K-FAC step is not finite: bad gradients, low damping or factors of low rank")
-        clip = (group["kl_clip"] / (group["lr"] ** 2 * total)).sqrt().clamp(max=1)
-        for params, stats, v in directions:  # (11)
-            buffer = stats.setdefault("momentum", torch.zeros_like(v)).lerp_(clip * v, 1 - group["momentum"])
-            for p, part in zip(params, buffer.split([p[0].numel() for p in params], 1), strict=True):
-                p.sub_(part.reshape(p.shape), alpha=group["lr"])
-        return clip
+# ---- What every script has: arguments, rollout, critic, files --------------------------------
 
 
-# Rollout and generalised advantage estimation
-class Collector:
-    """Steps the environments; holds what outlives a rollout: last observations, done flags, running episodes."""
-
-    def __init__(self, envs: gym.vector.VectorEnv, obs: np.ndarray):
-        self.envs, self.obs, self.done = envs, obs, np.zeros(len(obs), dtype=bool)
-        self.running = np.zeros((len(obs), 2))  # return and length so far
-        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
-
-    def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
-        """T = num_steps steps of all N environments with the observation statistics frozen.
-
-        Returns raw obs [T + 1, N, obs_dim], actions [T, N, act_dim], and rewards, terminated, done (terminated or
-        truncated), valid (0 where the step only reset) [T, N]. Raises FloatingPointError at values not finite."""
-        obs, actions, steps = [torch.as_tensor(self.obs, dtype=torch.float32, device=device)], [], []
-        for _ in range(num_steps):
-            valid = ~self.done
-            action, env_action = agent.act(obs[-1])
-            self.obs, reward, terminated, truncated, _ = self.envs.step(env_action.cpu().numpy())
-            for name, value in (("an observation", self.obs), ("a reward", reward)):
-                if not np.isfinite(value).all():
-                    raise FloatingPointError(f"the environment returned {name} that is not finite")
-            self.done = terminated | truncated
-            self.running += np.stack([reward * valid, valid], 1)
-            self.finished.extend(map(tuple, self.running[self.done].tolist()))
-            self.running[self.done] = 0
-            actions.append(action)
-            obs.append(torch.as_tensor(self.obs, dtype=torch.float32, device=device))
-            steps.append(np.stack([reward, terminated, self.done, valid]))
-        steps = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)  # [4, T, N]
-        return torch.stack(obs), torch.stack(actions), *steps
+def fail(sentence, code=2):
+    """End the program with one sentence on stderr. Code 2: bad input; 1: the run broke down."""
+    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
-    advantages, trace = torch.zeros_like(rewards), 0.0
-    deltas = rewards + gamma * values[1:] * (1 - terminated) - values[:-1]
+def check_args(args, may_be_zero=("seed", "resume")):
+    """Name a run without a name; raise ValueError for a value that cannot work.
+
+    tyro prints the error's sentence and exits with code 2."""
+    blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        number = isinstance(value, int | float)
+        if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag} must be positive and below 2^31.")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name.endswith("minibatches") and value > blocks:
+            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
+    if args.num_steps < 2:
+        raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
+    name = f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}"
+    args.run_name = args.run_name or name.replace("/", "_")
+
+
+def check_finite(what, value):
+    """Raise FloatingPointError, by name, for a value that is not finite."""
+    if not np.isfinite(value).all():
+        raise FloatingPointError(f"{what} is not finite")
+
+
+def seed_generators(args, global_step):
+    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    generator = np.random.default_rng((args.seed, global_step))
+    first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first)
+    return env_seeds
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments."""
+
+    obs: Tensor  # raw, [T + 1, N, obs_dim]
+    actions: Tensor  # [T, N, act_dim]
+    rewards: Tensor  # [T, N], as all that follow
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
+    valid: Tensor  # 0 where the step only reset
+
+
+def collect(envs, agent, obs, done, num_steps):
+    """A Rollout of num_steps steps from obs [N, obs_dim], done [N]; running statistics frozen.
+
+    Raises FloatingPointError for an observation or a reward that is not finite."""
+    observations, actions, steps = [obs], [], []
+    for _ in range(num_steps):
+        action, env_action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = envs.step(env_action.cpu().numpy())
+        check_finite("an observation of the environment", next_obs)
+        check_finite("a reward of the environment", reward)
+        obs = torch.tensor(next_obs, device=obs.device)
+        observations.append(obs)
+        actions.append(action)
+        steps.append([reward, terminated, terminated | truncated])
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    rewards, terminated, ends = steps.unbind(1)  # [T, N] each
+    valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
+    observations, actions = torch.stack(observations), torch.stack(actions)
+    return Rollout(observations, actions, rewards, terminated, ends, valid)
+
+
+def gae(rollout, values, gamma, lam):
+    """Advantages [T, N] from values [T + 1, N] (Schulman et al. 2016).
+
+    A truncation bootstraps from the value of its last observation; the trace ends at done."""
+    deltas = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
+    advantages = torch.zeros_like(deltas)
+    trace = 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = trace = deltas[t] + gamma * lam * (1 - done[t]) * trace
+        trace = deltas[t] + gamma * lam * (1 - rollout.done[t]) * trace
+        advantages[t] = trace
     return advantages
 
 
-# Checkpoint and logging
-def load_checkpoint(args: Args, path: Path) -> dict:
-    """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
+class Samples(NamedTuple):
+    """The n steps of a rollout that did not only reset, or a block of them."""
+
+    obs: Tensor  # normalised, [n, obs_dim]
+    actions: Tensor  # [n, act_dim]
+    advantages: Tensor  # in units of reward, [n]
+    returns: Tensor  # in PopArt's units, [n]
+    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+
+
+def gather_samples(agent, rollout, advantages, values):
+    """Drop the steps that only reset, renew the running statistics and normalise by them.
+
+    Returns Samples and the policy at them before its updates."""
+    keep = rollout.valid > 0  # [T, N]
+    obs, actions = rollout.obs[:-1][keep], rollout.actions[keep]
+    returns = (advantages + values[:-1])[keep]
+    agent.normalizer.update(obs)
+    agent.popart.update(returns)
+    obs, returns = agent.normalizer(obs), (returns - agent.popart.mean) / agent.popart.std
+    policy = agent.policy(obs)
+    return Samples(obs, actions, advantages[keep], returns, policy.log_prob(actions)), policy
+
+
+def normalized(advantages):
+    """y [B]: the advantages of a block, centred and divided by their root mean square."""
+    centred = advantages - advantages.mean()
+    return centred / (centred.square().mean().sqrt() + 1e-8)
+
+
+def minibatches(samples, count):
+    """The samples in random order, in count blocks of the same size, give or take one."""
+    order = torch.randperm(len(samples.obs), device=samples.obs.device)
+    for rows in order.tensor_split(count):
+        yield Samples(*(column[rows] for column in samples))
+
+
+def fit_critic(args, critic, optimizer, samples):
+    """Regress the critic on the normalised returns; the mean squared error."""
+    losses = []
+    for _ in range(args.critic_epochs):
+        for block in minibatches(samples, args.critic_minibatches):
+            loss = (critic(block.obs) - block.returns).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def adapt_learning_rate(learning_rate, kl, low, largest):
+    """The next rollout's step size: keeps the KL divergence of a rollout in [low, 4 low]."""
+    if kl > 4 * low:
+        return max(learning_rate / 1.5, 1e-4)
+    if kl < low:
+        return min(learning_rate * 1.5, largest)
+    return learning_rate
+
+
+@torch.no_grad()
+def rollout_metrics(agent, old_policy, samples):
+    """How far the updates moved the policy, how good the critic was: over all samples."""
+    policy = agent.policy(samples.obs)
+    variance = samples.returns.var() * agent.popart.std.square()
+    return {
+        "losses/kl": kl_divergence(old_policy, policy).mean(),
+        "losses/entropy": policy.entropy().mean(),
+        "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
+        "losses/advantage_rms": samples.advantages.std(correction=0),
+    }
+
+
+def run_metrics(envs, global_step, started):
+    """Means of the last 100 training episodes (nan before one has ended), and the speed."""
+    seconds = time.time() - started
+    return {
+        "charts/episodic_return": np.mean(envs.return_queue or np.nan),
+        "charts/episodic_length": np.mean(envs.length_queue or np.nan),
+        "charts/SPS": global_step / seconds,
+        "charts/wall_seconds": seconds,
+    }
+
+
+def run_folder(args):
+    """Where checkpoint.pt, progress.csv, config.json and TensorBoard's events of the run are."""
+    return Path(args.output_dir) / args.run_name
+
+
+def save_checkpoint(args, state):
+    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    partial = run_folder(args) / "checkpoint.partial"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
-    except Exception as error:
-        fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
-    free = ("total_timesteps", "checkpoint_interval", "vectorization", "device", "output_dir", "resume")
-    for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
-            fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
+        with open(partial, "wb") as file:
+            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, run_folder(args) / "checkpoint.pt")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(args):
+    """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
+    path = run_folder(args) / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        if saved["algorithm"] != ALGORITHM:
+            raise ValueError(
+                f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
+                "resume it there or, where that is this script's old name, rename it back"
+            )
+        saved["args"] = Args(**saved["args"])
+    except Exception as error:  # damage raises anything from EOFError to UnpicklingError
+        fail(f"--resume: cannot use {path} ({type(error).__name__}): {str(error).split('. ')[0]}.")
     return saved
 
 
+def check_resumed(args, saved):
+    """Refuse arguments that would make it another run, all at once."""
+    may_change = ("total_timesteps", "vectorization", "device", "run_name", "output_dir", "resume")
+    theirs = vars(saved["args"])
+    changed = [n for n, v in vars(args).items() if n not in may_change and v != theirs[n]]
+    if changed:
+        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
+        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
+    if args.total_timesteps < saved["global_step"]:
+        fail(
+            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
+            "give more or leave it out."
+        )
+
+
+def parse_args():
+    """The command line as Args; with --resume, what it leaves out is as the run had it."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args)["args"])
+    return args
+
+
 class Logger:
-    """progress.csv, TensorBoard events and the progress bar (a line every 5 % where stderr is no terminal)."""
+    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
 
-    def __init__(self, folder: Path, step: int, total: int):
-        path, self.total, self.printed = folder / "progress.csv", total, step
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
-        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+    Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
+    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row and one point a tag; metrics maps tag to value, the column is what follows the slash."""
-        row = {"global_step": step} | {tag.split("/")[1].lower(): value for tag, value in metrics.items()}
-        if os.path.getsize(self.csv.name) == 0:
-            print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv)
-        for tag, value in metrics.items():
-            self.events.add_scalar(tag, value, step)
-        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and (step - self.printed) * 20 >= self.total:
-            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
-            self.printed = step
-
-
-# Training
-def main(args: Args) -> None:
-    """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
-    check_args(args)
-    if args.stat_decay >= 1:
-        fail(f"--stat-decay {args.stat_decay} must lie in (0, 1).")
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
-    checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(args, checkpoint) if args.resume else {}
-    stop = []  # holds the signal that asked for the end; async workers inherit the handler, so Ctrl-C leaves them alive
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    torch.manual_seed(args.seed)
-    batch_size = args.num_envs * args.num_steps
-    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
-    envs, obs = make_envs(args, args.seed + global_step)  # a resumed run starts new episodes
-    collector = Collector(envs, obs)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.shared).to(device)
-    actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
-    settings = args.damping, args.kl_clip, args.stat_decay, args.inverse_interval, args.ekfac
-    kfac = KFAC(actor, args.learning_rate, *settings)
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
-    parts = {"agent": agent, "kfac": kfac, "optimizer": optimizer}
-    if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        collector.finished.extend(saved["episodes"])
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-    try:
-        folder.mkdir(parents=True, exist_ok=args.resume)
-        (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
-        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
-    except OSError as error:
-        fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
-
-    def state() -> dict:
-        return {
-            "algorithm": ALGORITHM, "args": asdict(args), **{name: part.state_dict() for name, part in parts.items()},
-            "global_step": global_step, "wall_seconds": time.time() - started, "episodes": list(collector.finished),
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }  # fmt: skip
-
-    def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on reach the operating system before it
-        with open(checkpoint.with_suffix(".partial"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
-
-    save(state())
-    while global_step + batch_size <= args.total_timesteps and not stop:
-        last_good, phase = copy.deepcopy(state()), "rollout"
+    def __init__(self, args, step, csv_size):
+        folder = run_folder(args)
+        if args.total_timesteps < args.num_envs * args.num_steps:
+            fail(
+                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
+                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
+            )
         try:
-            global_step += batch_size
-            obs, actions, rewards, terminated, done, valid = collector.collect(agent, args.num_steps, device)
-            with torch.no_grad():
-                values = critic(agent.normalizer(obs)) * popart.std + popart.mean  # [T + 1, N]
-                advantages = gae(rewards, values, terminated, done, args.gamma, args.gae_lambda)  # [T, N]
-                returns, valid, used = (advantages + values[:-1]).flatten(), valid.flatten(), valid.flatten() > 0
-                obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(0, 1), advantages.flatten()
-                popart.update(returns[used])
-                returns = (returns - popart.mean) / popart.std
-                agent.normalizer.update(obs[used])
-                obs = agent.normalizer(obs)
-                old_actor = copy.deepcopy(actor)
-                old_log_prob = old_actor(obs)[0].log_prob(actions)
-            clips, losses, size = [], [], batch_size // args.num_minibatches
-            for block in torch.rand(args.update_epochs, batch_size, device=device).argsort(1).flatten().split(size):
-                phase = f"actor update {len(clips) + 1}"
-                share = valid[block] / valid[block].sum().clamp(min=1)  # x @ share: mean of x [B] over valid samples
-                y = advantages[block] - advantages[block] @ share
-                y = y / ((y.square() @ share).sqrt() + 1e-8)
-                policy, value = actor(obs[block])
-                drawn = policy.log_prob(policy.sample())  # [B], of the policy's own actions: the true Fisher
-                log_prob = policy.log_prob(actions[block])  # [B]
-                ratio = (log_prob - old_log_prob[block]).clamp(math.log(0.1), math.log(10)).exp()  # [B]
-                loss = -((ratio if args.shared else ratio.detach() * log_prob) * y) @ share
-                if args.shared:
-                    drawn = drawn + torch.randn_like(value) * value  # the score of a draw from N(V, 1) is eps grad V
-                    error = (value - returns[block]).square() @ share
-                    loss = loss + error / 2
-                    losses.append(error.detach())
-                kfac.update_statistics(drawn, share)
+            folder.mkdir(parents=True, exist_ok=args.resume)
+            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
+            if fcntl is not None:
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+            (folder / "config.json").write_text(config)
+        except OSError as error:
+            fail(
+                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
+                "--run-name, --resume the run or await its end."
+            )
+        self.csv.truncate(min(csv_size, self.csv.tell()))
+        self.csv.seek(0, os.SEEK_END)
+        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
+
+    def write(self, step, metrics):
+        """A point a tag and a row, whose columns are what follows the tags' slashes.
+
+        Raises FloatingPointError for a value that is not finite, but for those of charts/."""
+        row = {"global_step": step}
+        for tag, value in metrics.items():
+            value = float(value)
+            group, column = tag.split("/")
+            if group != "charts":
+                check_finite(tag, value)
+            row[column.lower()] = value
+            self.events.add_scalar(tag, value, step)
+        self.events.flush()
+        if self.csv.tell() == 0:
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv, flush=True)
+        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
+        self.bar.update(step - self.bar.n)
+
+    def close(self):
+        """Close the files, which ends the lock."""
+        for part in (self.csv, self.events, self.bar):
+            part.close()
+
+
+@contextmanager
+def one_sentence(args):
+    """Whatever ends the run within, end it with one sentence and the way to continue it.
+
+    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
+
+    def end(sentence, code):
+        if (run_folder(args) / "checkpoint.pt").exists():
+            fail(
+                f"{sentence}; continue with --resume --run-name {args.run_name} "
+                f"--output-dir {args.output_dir}.",
+                code,
+            )
+        fail(f"{sentence}.")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        end(f"{type(error).__name__}: {error} ({where})", 1)
+
+
+# ---- The algorithm's core: Kronecker factors, eigenbases, the trust region -------------------
+
+
+def factors(x, g):
+    """Omega = E[x x^T] [d, d], Gamma = E[g g^T] [d_out, d_out], (9), by their names.
+
+    x are a layer's inputs, a 1 appended for the bias, [B, d]; g are the gradients of the sampled
+    log-likelihood at its outputs, [B, d_out]."""
+    return {"omega": x.T @ x / len(x), "gamma": g.T @ g / len(g)}
+
+
+def second_moments(x, g, stats):
+    """E[(Q_Gamma^T g x^T Q_Omega)^2] [d_out, d], EK-FAC's s, of x and g as in (9)."""
+    return (g @ stats["q_gamma"]).square().T @ (x @ stats["q_omega"]).square() / len(x)
+
+
+def eigenbasis(factor):
+    """Eigenvalues and eigenvectors, in float64: in float32 eigh fails on factors of rank one."""
+    values, vectors = torch.linalg.eigh(factor.double())
+    return values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype)
+
+
+def precondition(gradient, stats, damping):
+    """v of (10), a layer's natural gradient, from its gradient V [d_out, d] and statistics."""
+    q_omega, q_gamma = stats["q_omega"], stats["q_gamma"]
+    rotated = q_gamma.T @ gradient @ q_omega
+    return q_gamma @ (rotated / (stats["s"] + damping)) @ q_omega.T
+
+
+class KFAC(torch.optim.Optimizer):
+    """Natural gradient with a Kronecker-factored Fisher block a linear layer: K-FAC or EK-FAC.
+
+    An update: a forward pass, update_statistics, the loss's backward(), step(). A layer's factors,
+    eigenbases, s and momentum are the state of its weight, the bias a last column. Raises
+    TypeError, by name, for a layer whose Fisher block (9) does not give."""
+
+    def __init__(
+        self,
+        model,
+        lr,
+        damping=0.01,
+        kl_clip=1e-3,
+        inverse_update_period=10,
+        ekfac=False,
+        curvature_ema=0.95,
+    ):
+        self.layers = {m: name for name, m in model.named_modules() if m._parameters}
+        self.calls = []  # (layer, inputs, output) of the last pass with gradients
+        for m in self.layers:
+            m.register_forward_hook(self.record)
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "kl_clip": kl_clip,
+            "inverse_update_period": inverse_update_period,
+            "ekfac": ekfac,
+            "curvature_ema": curvature_ema,
+            "steps": 0,
+        }
+        super().__init__(model.parameters(), defaults)
+
+    def record(self, *call):
+        """Forward hook: keeps (layer, inputs, output)."""
+        if torch.is_grad_enabled():
+            self.calls.append(call)
+
+    def scores(self, log_likelihood):
+        """(layer, x, g) as in (9) of log_likelihood [B], a function of the last pass's outputs."""
+        calls = self.calls
+        self.calls = []
+        check_pass(self.layers, calls, len(log_likelihood))
+        grads = torch.autograd.grad(
+            log_likelihood.sum(), [output for _, _, output in calls], retain_graph=True
+        )
+        scores = []
+        for (m, (x,), _), g in zip(calls, grads):
+            if m.bias is not None:
+                x = nn.functional.pad(x, (0, 1), value=1.0)
+            scores.append((m, x.detach(), g))
+        return scores
+
+    def update_statistics(self, log_likelihood):
+        """Running averages of (9), with ekfac also of s, from the log_likelihood [B] of outputs
+        drawn from the last pass's distribution. That pass is kept for the loss's backward()."""
+        group = self.param_groups[0]
+        for m, x, g in self.scores(log_likelihood):
+            stats = self.state[m.weight]
+            now = factors(x, g)
+            if group["ekfac"] and "s" in stats:
+                now["s"] = second_moments(x, g, stats)
+            for key, value in now.items():  # the first value starts the average
+                stats[key] = value.lerp(stats.get(key, value), group["curvature_ema"])
+
+    def eigendecompose(self):
+        """New eigenbases; s starts again from the products of the factors' eigenvalues."""
+        for stats in self.state.values():
+            d_omega, stats["q_omega"] = eigenbasis(stats["omega"])
+            d_gamma, stats["q_gamma"] = eigenbasis(stats["gamma"])
+            stats["s"] = torch.outer(d_gamma, d_omega)
+
+    @torch.no_grad()
+    def step(self):
+        """(11) with the gradients in .grad, new eigenbases when due. Returns its factor min(1, .).
+
+        Raises FloatingPointError where the step is not finite."""
+        group = self.param_groups[0]
+        if group["steps"] % group["inverse_update_period"] == 0:
+            self.eigendecompose()
+        group["steps"] += 1
+        directions = {}
+        total = 0.0  # sum of v V
+        for m in self.layers:
+            gradient = torch.cat([p.grad.reshape(len(p), -1) for p in m.parameters()], 1)  # V
+            v = precondition(gradient, self.state[m.weight], group["damping"])
+            total += (v * gradient).sum()
+            directions[m] = v
+        check_finite("the K-FAC step", total.item())
+        clip = (group["kl_clip"] / (group["lr"] ** 2 * total)).sqrt().clamp(max=1)
+        for m, v in directions.items():
+            momentum = self.state[m.weight].setdefault("momentum", torch.zeros_like(v))
+            momentum.lerp_(clip * v, 0.1)
+            for p, columns in zip(m.parameters(), momentum.split(m.in_features, 1)):
+                p.sub_(columns.view_as(p), alpha=group["lr"])
+        return clip
+
+
+def check_pass(layers, calls, batch):
+    """Raise TypeError for a layer that is not linear, or whose output says nothing of it alone."""
+    trained = Counter(p for m in layers for p in m.parameters(recurse=False) if p.requires_grad)
+    for m, name in layers.items():
+        outputs = [output for layer, _, output in calls if layer is m]
+        if type(m) is not nn.Linear:
+            problem = "is no Linear"
+        elif len(outputs) != 1 or outputs[0].shape[:-1] != (batch,):
+            problem = "is not called once with a row a sample"
+        elif outputs[0]._version > 0:
+            problem = "has its output overwritten in place"
+        elif any(trained[p] != 1 for p in m.parameters()):
+            problem = "has a parameter that is frozen or another layer's too"
+        else:
+            continue
+        raise TypeError(f"KFAC: layer {name} {m} {problem}")
+
+
+def sampled_log_likelihood(policy, value):
+    """Log-likelihood [B] of actions drawn anew, the true Fisher's; with values [B] also of values
+    drawn from N(V, 1), whose gradient is the noise times that of V."""
+    log_prob = policy.log_prob(policy.sample())
+    if value is not None:
+        log_prob = log_prob + torch.randn_like(value) * value
+    return log_prob
+
+
+def actor_critic_loss(policy, value, block):
+    """The policy gradient's loss and, with values [B], half the critic's mean squared error."""
+    y = normalized(block.advantages)
+    log_ratio = policy.log_prob(block.actions) - block.log_prob
+    ratio = log_ratio.clamp(np.log(0.1), np.log(10)).exp()  # exp first may overflow
+    if value is None:
+        return -(ratio.detach() * log_ratio * y).mean()
+    return -(ratio * y).mean() + (value - block.returns).square().mean() / 2
+
+
+# ---- Training --------------------------------------------------------------------------------
+
+
+def main(args: Args):
+    """Train. A checkpoint of the last whole iteration is always on the disk."""
+    saved = {}
+    if args.resume:
+        saved = load_checkpoint(args)
+        check_resumed(args, saved)
+    batch_size = args.num_envs * args.num_steps
+    global_step = saved.get("global_step", 0)
+    started = time.time() - saved.get("wall_seconds", 0.0)
+    envs, obs = make_envs(args, seed_generators(args, global_step))
+    obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
+    done = torch.zeros(args.num_envs, device=args.device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.shared)
+    agent.to(args.device)
+    actor, critic = agent.actor, agent.critic
+    kfac = KFAC(
+        actor,
+        args.learning_rate,
+        args.damping,
+        args.kl_clip,
+        args.inverse_update_period,
+        args.ekfac,
+    )
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        kfac.load_state_dict(saved["kfac"])
+        optimizer.load_state_dict(saved["optimizer"])
+        envs.return_queue.extend(saved["episodes"][0])
+        envs.length_queue.extend(saved["episodes"][1])
+    group = kfac.param_groups[0]  # holds the step size
+    # Refuse a network before there is a run folder
+    kfac.scores(sampled_log_likelihood(*actor(agent.normalizer(obs))))
+    logger = Logger(args, global_step, saved.get("csv_size", 0))
+    task = getattr(envs.spec, "id", args.env_id)  # with the version that was made
+    print(f"{task}: tensorboard --logdir {run_folder(args)}", file=sys.stderr)
+
+    def save():
+        """All that a resumed run needs; its environments start new episodes."""
+        state = {
+            "agent": agent.state_dict(),
+            "kfac": kfac.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "global_step": global_step,
+            "wall_seconds": time.time() - started,
+            "csv_size": logger.csv.tell(),
+            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
+        }
+        save_checkpoint(args, state)
+
+    save()
+    while global_step + batch_size <= args.total_timesteps:
+        # Rollout, advantages, samples
+        rollout = collect(envs, agent, obs, done, args.num_steps)
+        obs, done = rollout.obs[-1], rollout.done[-1]
+        global_step += batch_size
+        with torch.no_grad():
+            values = agent.value(rollout.obs)  # [T + 1, N]
+            advantages = gae(rollout, values, args.gamma, args.gae_lambda)
+            samples, old_policy = gather_samples(agent, rollout, advantages, values)
+
+        # Actor, with --shared also the critic
+        clips = []
+        for _ in range(args.update_epochs):
+            for block in minibatches(samples, args.num_minibatches):
+                policy, value = actor(block.obs)
+                kfac.update_statistics(sampled_log_likelihood(policy, value))
                 kfac.zero_grad()
-                loss.backward()
+                actor_critic_loss(policy, value, block).backward()
                 clips.append(kfac.step())
-            with torch.no_grad():  # on the last block: how far this rollout's updates moved the policy
-                log_ratio = (policy := actor(obs[block])[0]).log_prob(actions[block]) - old_log_prob[block]  # [B]
-                metrics = {
-                    "kfac/kl": kl_divergence(old_actor(obs[block])[0], policy) @ share,
-                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio) @ share,  # the same, sampled
-                    "losses/entropy": policy.entropy() @ share,
-                    "losses/explained_variance": 1 - advantages[used].var() / returns[used].var() / popart.std**2,
-                    "kfac/clip": torch.stack(clips).mean(),  # factor of (11); 1: no step was clipped
-                }
-            phase = "critic updates"
-            for _ in range(0 if args.shared else args.critic_epochs):
-                for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
-                    share = valid[block] / valid[block].sum().clamp(min=1)
-                    loss = (critic(obs[block]) - returns[block]).square() @ share
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
-                    optimizer.step()
-                    losses.append(loss.detach())
-            metrics["losses/value_loss"] = torch.stack(losses).mean()
-            metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            for tag in ("kfac/kl", "losses/entropy", "kfac/clip", "losses/value_loss"):
-                if not math.isfinite(metrics[tag]):
-                    raise FloatingPointError(f"{tag} is not finite")
-        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # eigh's: not finite, or of low rank
-            save(last_good)
-            fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-        low, group = 0.005 if args.shared else 0.004, kfac.param_groups[0]
-        episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
-        metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
-        metrics |= {"charts/learning_rate": group["lr"], "charts/wall_seconds": time.time() - started}
-        logger.write(global_step, metrics | {"charts/SPS": global_step / metrics["charts/wall_seconds"]})
-        factor = 1 / 1.5 if metrics["kfac/kl"] > 4 * low else 1.5 if metrics["kfac/kl"] < low else 1
-        group["lr"] = min(max(group["lr"] * factor, 1e-4), args.learning_rate)
-        if global_step // batch_size % args.checkpoint_interval == 0:
-            save(state())
-    save(state())
-    for part in (envs, logger.bar, logger.csv, logger.events):
-        part.close()
-    episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
-    print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
-        fail(f"stopped by signal {stop[0]}, continue with --resume --run-name {args.run_name}.", 128 + stop[0])
+
+        # Critic
+        if args.shared:
+            with torch.no_grad():
+                value_loss = (critic(samples.obs) - samples.returns).square().mean()
+        else:
+            value_loss = fit_critic(args, critic, optimizer, samples)
+
+        # Metrics, step size, checkpoint
+        metrics = rollout_metrics(agent, old_policy, samples)
+        metrics |= run_metrics(envs, global_step, started)
+        metrics["charts/learning_rate"] = group["lr"]
+        metrics["losses/value_loss"] = value_loss
+        metrics["kfac/clip"] = torch.stack(clips).mean()  # 1: no step was clipped
+        logger.write(global_step, metrics)
+        low = 0.005 if args.shared else 0.004
+        kl = metrics["losses/kl"].item()
+        group["lr"] = adapt_learning_rate(group["lr"], kl, low, args.learning_rate)
+        save()
+
+    logger.close()
+    envs.close()
+    result = np.mean(envs.return_queue or np.nan)
+    print(
+        f"{task}: episodic_return {result:.1f} in training, with noise; "
+        f"without: python enjoy.py {run_folder(args) / 'checkpoint.pt'}"
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args()
+    with one_sentence(arguments):
+        main(arguments)
