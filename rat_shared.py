@@ -263,6 +263,7 @@ class Agent(nn.Module):
         )
         self.head = head(hidden, action_space)
         self.popart = PopArt(hidden)
+        self.popart.linear.reset_parameters()  # wider weights slow the policy on one trunk down
 
     def forward(self, obs):
         """PolicyAndValue of normalised obs [B, obs_dim]."""

@@ -14,6 +14,7 @@ from torch.func import functional_call, jacrev
 
 import rat_shared as rat
 
+OBS = gym.spaces.Box(-1, 1, (3,))
 SPACES = {"Gaussian": gym.spaces.Box(-1, 1, (2,)), "Categorical": gym.spaces.Discrete(3)}
 every_policy = pytest.mark.parametrize("policy", SPACES)
 
@@ -197,6 +198,12 @@ def test_a_layer_that_is_not_linear_is_refused_with_the_way_out():
         rat.tape_scores(agent, block.obs, (block.actions, epsilon))
 
 
+def test_value_head_starts_in_the_default_bounds():
+    """Kaiming-uniform ones, 2.4 times as wide, learn slower on one trunk."""
+    largest = rat.Agent(OBS, SPACES["Gaussian"]).popart.linear.weight.abs().max()
+    assert 0.9 / 16 < largest <= 1 / 16
+
+
 def test_discrete_actions_start_where_the_space_does():
     agent = rat.Agent(gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(3, start=5))
     action, env_action = agent.act(torch.randn(200, 4))
@@ -217,7 +224,6 @@ def test_actions_of_a_box_stay_inside_it():
     assert (env_action.numpy() <= high).all()
 
 
-OBS = gym.spaces.Box(-1, 1, (3,))
 REFUSED = {
     "image observations": (gym.spaces.Box(0, 1, (8, 8, 3)), SPACES["Gaussian"], "Flatten"),
     "discrete observations": (gym.spaces.Discrete(3), SPACES["Gaussian"], "Flatten"),
