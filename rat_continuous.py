@@ -653,7 +653,7 @@ def transposed_product(scores, u):
 
 
 def solve(scores, rhs, ratio, damping):
-    """Sigma (damping I + H H^T Sigma)^-1 rhs [B], (2), with Sigma = diag(ratio) / #(ratio > 0).
+    """Sigma (damping I + H H^T Sigma)^-1 rhs [..., B], (2), Sigma = diag(ratio) / #(ratio > 0).
 
     Raises FloatingPointError where the solution is not finite."""
     sigma = ratio / ratio.count_nonzero().clamp(min=1)
@@ -663,8 +663,8 @@ def solve(scores, rhs, ratio, damping):
     damped_kernel = sqrt_sigma[:, None] * kernel(scores) * sqrt_sigma  # S H H^T S, [B, B]
     damped_kernel.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped_kernel)
-    scaled = (sqrt_sigma * rhs).to(factor.dtype)[:, None]
-    solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[:, 0]
+    scaled = (sqrt_sigma * rhs).to(factor.dtype)[..., None]
+    solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
     if info != 0 or not solution.isfinite().all():
         raise FloatingPointError(
             "the actor update's Cholesky solve is not finite: "

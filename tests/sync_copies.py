@@ -41,7 +41,6 @@ DIFFERS = {
         "Agent": "one trunk for policy and value, Discrete actions too",
         "check_spaces": "Discrete actions too",
         "check_tape": "there is no --jacobian vmap to point to",
-        "solve": "two right-hand sides",
     },
     "sophia_ppo": {
         "Actor": "with --shared it has a value head on its trunk",
