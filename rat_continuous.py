@@ -174,7 +174,6 @@ class PopArt(nn.Module):
     def __init__(self, in_features, beta=0.99999):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
-        nn.init.kaiming_uniform_(self.linear.weight)  # as in the published code
         self.beta = beta
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
@@ -785,7 +784,9 @@ def main(args: Args):
         value_loss = fit_critic(args, critic, optimizer, samples)
 
         # Metrics, step size, checkpoint
-        scores = SCORES[args.jacobian](actor, samples.obs, samples.actions)
+        scores = SCORES[args.jacobian](
+            actor, block.obs, block.actions
+        )  # vmap's are large: a block's
         metrics = rollout_metrics(agent, old_policy, samples)
         metrics |= run_metrics(envs, global_step, started)
         metrics["charts/learning_rate"] = learning_rate

@@ -174,7 +174,6 @@ class PopArt(nn.Module):
     def __init__(self, in_features, beta=0.99999):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
-        nn.init.kaiming_uniform_(self.linear.weight)  # as in the published code
         self.beta = beta
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
@@ -263,7 +262,6 @@ class Agent(nn.Module):
         )
         self.head = head(hidden, action_space)
         self.popart = PopArt(hidden)
-        self.popart.linear.reset_parameters()  # wider weights slow the policy on one trunk down
 
     def forward(self, obs):
         """PolicyAndValue of normalised obs [B, obs_dim]."""

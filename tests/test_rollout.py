@@ -213,11 +213,20 @@ def test_popart_after_one_batch_has_its_moments(returns, mean, std):
     assert head.std.item() == pytest.approx(std, rel=1e-4)
 
 
-def test_popart_starts_kaiming_uniform():
-    """Bound sqrt(6 / 256) = 0.153, as in the published code, not PyTorch's 1 / sqrt(256)."""
+def test_fit_critic_regresses_on_the_returns():
+    """The first loss it reports is the critic's error; a step reduces it."""
     torch.manual_seed(0)
-    largest = max(rat.PopArt(256).linear.weight.abs().max().item() for _ in range(20))
-    assert 0.152 < largest < 0.1531
+    critic = rat.mlp(3, rat.PopArt(16), 16)
+    obs, other, returns = torch.randn(64, 3), torch.randn(64), torch.randn(64)
+    samples = rat.Samples(obs, other, other, returns, other)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    args = rat.Args(critic_epochs=1, critic_minibatches=1)
+    errors = []
+    for _ in range(5):
+        with torch.no_grad():
+            errors.append((critic(obs) - returns).square().mean().item())
+        assert rat.fit_critic(args, critic, optimizer, samples).item() == pytest.approx(errors[-1])
+    assert errors[-1] < errors[0]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.7e9])
