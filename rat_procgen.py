@@ -1,19 +1,43 @@
-"""RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591) from pixels: IMPALA networks, Procgen.
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "numpy==1.26.4",
+#     "procgen-mirror==0.10.7; python_version >= '3.11' and python_version < '3.13'",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591) from pixels: Procgen.
 
-Run: python rat_procgen.py --env-id starpilot    Equation numbers: README.md, "How it works".
+Run: python rat_procgen.py --env-id starpilot. Equation numbers: docs/algorithm.md.
+
+    for each rollout:
+        step the games with the policy                                   collect
+        advantages and returns                                           gae
+        renew the statistics of returns                                  gather_samples
+        for each pass, for each block of samples:                        minibatches
+            g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      rat_direction, (3)
+            theta = theta + eta clip(g)                                  kaczmarz_direction, (4)
+        regress the critic on the returns                                fit_critic
+        now and then, play unseen levels                                 evaluate
+        adapt eta to the KL divergence                                   adapt_learning_rate
+        write a row of metrics and a checkpoint                          Logger, save_checkpoint
 """
 
-import copy
 import json
-import math
 import os
+import random
 import signal
 import sys
 import time
-from collections import deque
+import traceback
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -25,476 +49,855 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
 ALGORITHM = "rat_procgen"
+Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
+torch.set_float32_matmul_precision("highest")  # TF32 would round the kernel's products to 10 bits
+torch.backends.cudnn.allow_tf32 = False  # and so would cuDNN the scores: its default is TF32
 
 
 @dataclass
 class Args:
     env_id: str = "starpilot"  # one of Procgen's 16 games
-    total_timesteps: int = 25_000_000  # environment steps of the whole run, all environments together
+    total_timesteps: int = 25_000_000  # environment steps of the run, all environments together
     num_envs: int = 64  # environments stepped side by side
     num_steps: int = 256  # steps of each environment in one rollout
-    distribution_mode: Literal["easy", "hard"] = "easy"  # the two difficulties that every game has
+    distribution_mode: Literal["easy", "hard"] = "easy"  # the difficulties that every game has
     num_levels: int = 200  # training levels, 0: all there are
-    start_level: int = 0  # first training level
-    eval_levels: int = 1000  # unseen levels, those after the training levels, for the evaluation; 0: none
+    start_level: int = 0  # first training level, unless all are
+    eval_levels: int = 1000  # unseen levels after the training levels, for the evaluation; 0: none
     eval_interval: int = 25  # iterations between evaluations of num_envs episodes each
-    channels: tuple[int, int, int] = (16, 32, 32)  # of the three convolutional stages, actor and critic
+    channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages, actor and critic
     hidden: int = 256  # units of the layer after them
-    jacobian: Literal["tape", "vmap"] = "tape"  # kernel from layer inputs and gradients, or all of H (most modules)
-    kernel_memory: int = 512  # MiB that the tape may take for a block, without the kernel
+    jacobian: Literal["tape", "vmap"] = "tape"  # scores by layer, or materialised (most modules)
+    kernel_memory: int = 512  # MiB that the tape may take for a block, beside the kernel
     update_epochs: int = 4  # actor passes over the rollout
-    num_minibatches: int = 16  # actor blocks in a pass, each of num_envs * num_steps / num_minibatches samples
+    num_minibatches: int = 16  # actor blocks in a pass
     damping: float = 0.1  # lambda of equation (1), > 0
     learning_rate: float = 0.05  # first and largest actor step size; the KL adapts it below that
     max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu of equation (4)
     critic_epochs: int = 3  # critic passes over the rollout
     critic_minibatches: int = 16  # critic minibatches in a pass
-    critic_learning_rate: float = 5e-4  # Adam step size of the critic, CleanRL's for this network
+    critic_learning_rate: float = 5e-4  # Adam step size of the critic, as CleanRL's PPO on Procgen
     critic_max_grad_norm: float = 5.0  # l2 bound on the critic's gradient
     gamma: float = 0.999  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
     seed: int = 1  # of networks, sampling and environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
-    run_name: str = ""  # folder below output_dir; default {env_id}__rat_procgen__{seed}__{unix time}
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
+    run_name: str = ""  # folder below output_dir; default {env_id}__rat_procgen__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    checkpoint_interval: int = 50  # iterations between checkpoints; also at the end and on SIGINT or SIGTERM
-    resume: bool = False  # continue run_name from its checkpoint
+    resume: bool = False  # continue run_name: what is not given is as that run had it
+
+    def __post_init__(self):
+        check_args(self, ("seed", "resume", "num_levels", "start_level", "eval_levels"))
+        if self.num_levels == 0 and self.eval_levels > 0:
+            raise ValueError("--num-levels 0 trains on all: none is unseen, use --eval-levels 0.")
 
 
-# Arguments and environments
-def fail(sentence: str, code: int = 2) -> NoReturn:
-    """End the program with one sentence on stderr. Exit code 2: bad input; 1: the run broke down."""
-    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
-    raise SystemExit(code)
+# ---- Environments ----------------------------------------------------------------------------
 
 
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work."""
-    batch_size = args.num_envs * args.num_steps
-    for name, value in [*vars(args).items(), *(("channels", c) for c in args.channels)]:
-        flag, least = f"--{name.replace('_', '-')} {value}", 0 if name == "seed" or "level" in name else 1
-        if type(value) is int and not least <= value < 2**31:
-            fail(f"{flag} must lie in [{least}, 2**31).")
-        if type(value) is float and not 0 < value < math.inf:
-            fail(f"{flag} must be positive and finite.")
-        if name in ("gamma", "gae_lambda") and value > 1:
-            fail(f"{flag} must lie in (0, 1].")
-        if name.endswith("minibatches") and (batch_size % value or batch_size == value):
-            fail(f"{flag} does not divide num_envs * num_steps = {batch_size} into blocks of two samples and more.")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, num_envs * num_steps = {batch_size}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: PyTorch sees no CUDA device here, use --device cpu.")
-    if not args.num_levels and (args.start_level or args.eval_levels):
-        fail("--num-levels 0 takes all levels: none is first or unseen, use --start-level 0 --eval-levels 0.")
-    if args.start_level + args.num_levels + args.eval_levels >= 2**31:
-        fail(f"--start-level {args.start_level}: it, --num-levels and --eval-levels must add up to less than 2**31.")
+class Procgen(gym.vector.VectorEnv):
+    """A Procgen game, reset within the step: with `terminated` comes a new episode's first image.
 
-
-class Procgen:
-    """A Procgen game as a vector environment. It resets within the step: the observation that comes with `terminated`
-    is the next episode's first one. Timeouts count as terminations, Procgen does not tell them apart."""
+    Timeouts count as terminations: Procgen does not tell them apart. Ends the program where it
+    cannot be imported or has no such game."""
 
     single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     single_action_space = gym.spaces.Discrete(15)
 
-    def __init__(self, args: Args, seed: int, unseen: bool = False, render_mode: str | None = None):
-        sys.modules.setdefault("gym_notices", None)  # where gym, which it imports, says that it is unmaintained
+    def __init__(self, args, seed, unseen=False, render_mode=None):
+        sys.modules.setdefault("gym_notices", None)  # gym, which it imports, would print them
         try:
             from procgen.env import ENV_NAMES, ProcgenGym3Env
-        except ImportError as error:
-            fail(f"Procgen cannot be imported ({error}): use Python 3.11 or 3.12, pip install -r requirements.txt.")
+        except ImportError:
+            fail("Procgen needs Python 3.11 or 3.12: there, pip install -r requirements.txt.")
         if args.env_id not in ENV_NAMES:
-            fail(f"--env-id {args.env_id} is no Procgen game, use one of {', '.join(ENV_NAMES)}.")
+            fail(f"--env-id {args.env_id} is none of Procgen's games: {ENV_NAMES}.")
+        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        self.num_envs = args.num_envs
         self.env = ProcgenGym3Env(
-            args.num_envs, args.env_id, distribution_mode=args.distribution_mode, rand_seed=seed % 2**31,
-            num_levels=args.eval_levels if unseen else args.num_levels, render_mode=render_mode,
-            start_level=args.start_level + unseen * args.num_levels, num_threads=min(4, torch.get_num_threads()),
-        )  # fmt: skip
+            args.num_envs,
+            args.env_id,
+            distribution_mode=args.distribution_mode,
+            num_levels=args.eval_levels if unseen else args.num_levels,
+            start_level=args.start_level + unseen * args.num_levels,
+            rand_seed=seed % 2**31,
+            num_threads=min(4, torch.get_num_threads()),
+            render_mode=render_mode,
+        )
 
-    def step(self, actions: np.ndarray) -> tuple:
-        """Actions [N] to obs [N, 64, 64, 3] uint8, rewards [N], terminated [N], truncated (never) [N], info."""
+    def reset(self, **ignored):
+        """The images now, [N, 64, 64, 3]. Episodes begin in the constructor, with its seed."""
+        return self.env.observe()[1]["rgb"], {}
+
+    def step(self, actions):
+        """Actions [N] to images [N, 64, 64, 3], rewards, terminated, truncated: never, info."""
         self.env.act(actions)
         rewards, obs, first = self.env.observe()
         return obs["rgb"], rewards, first, np.zeros_like(first), {}
 
 
-# Networks
-class PopArt(nn.Module):
-    """Linear value head over returns normalised by their running moments (van Hasselt et al. 2016): [B, d] to [B]."""
+# ---- Networks --------------------------------------------------------------------------------
 
-    def __init__(self, in_features: int, beta: float = 0.99999):
+
+class PopArt(nn.Module):
+    """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
+
+    def __init__(self, in_features, beta=0.99999):
         super().__init__()
-        self.linear, self.beta = nn.Linear(in_features, 1), beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # running averages of 1, R, R^2
+        self.linear = nn.Linear(in_features, 1)
+        self.beta = beta
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.ones((), dtype=torch.float64))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features):
+        """Values [B] in normalised units of features [B, in_features]."""
         return self.linear(features).squeeze(-1)
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> None:
-        """Move the statistics towards returns [N] and rescale the head so that mean + std * output stays the same."""
-        old_mean, old_std, returns = self.mean.clone(), self.std.clone(), returns.double()
-        now = torch.stack([torch.ones_like(old_mean), returns.mean(), returns.square().mean()])
-        weight, first, second = self.moments.lerp_(now, 1 - self.beta)
+    def update(self, returns):
+        """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
+        old_mean, old_std = self.mean.clone(), self.std.clone()
+        powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
+        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
         self.linear.weight.mul_(old_std / self.std)
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-class Residual(nn.Sequential):
-    """x plus what the layers make of it."""
+def conv(inputs, outputs):
+    """A 3x3 convolution that keeps the image's size."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+
+class Residual(nn.Sequential):
+    """x plus what two convolutions make of it."""
+
+    def __init__(self, channels):
+        super().__init__(nn.ReLU(), conv(channels, channels), nn.ReLU(), conv(channels, channels))
+
+    def forward(self, x):
         return x + super().forward(x)
 
 
-class Impala(nn.Sequential):
-    """Espeholt et al. 2018: three stages that halve the image, a hidden layer and a head, [B, h, w, 3] to [B, d].
-    Glorot initialisation up to the head: PyTorch's default leaves a new policy's scores far below the damping."""
+class Impala(nn.Module):
+    """Three stages, a hidden layer and a head (Espeholt et al. 2018): [B, h, w, 3] to the head's.
 
-    def __init__(self, shape: tuple, channels: tuple[int, ...], hidden: int, head: nn.Module):
-        layers, (height, width, planes) = [], shape
-        for c, d in zip((planes, *channels), channels, strict=False):
-            convs = [nn.Conv2d(d, d, 3, padding=1) for _ in range(4)]
-            layers += [nn.Conv2d(c, d, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
-            layers += [Residual(nn.ReLU(), convs[i], nn.ReLU(), convs[i + 1]) for i in (0, 2)]
+    A stage is a convolution, a pooling that halves the image and two residual blocks. Glorot
+    initialisation up to the head: PyTorch's leaves a new policy's scores far below the damping.
+    Without gradients it takes 512 images at a time: a rollout's would take gigabytes."""
+
+    def __init__(self, shape, channels, hidden, head):
+        super().__init__()
+        height, width, planes = shape
+        layers = []
+        for inputs, outputs in zip((planes, *channels), channels):
+            layers += [
+                conv(inputs, outputs),
+                nn.MaxPool2d(3, stride=2, padding=1),
+                Residual(outputs),
+                Residual(outputs),
+            ]
         features = channels[-1] * (height // 8) * (width // 8)
-        super().__init__(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU())
-        for p in self.parameters():
-            nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
-        self.append(head)
+        layers += [nn.ReLU(), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        for p in self.body.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)
+            else:
+                nn.init.zeros_(p)
+        self.head = head
 
-    def forward(self, obs: Tensor) -> Tensor:
-        return super().forward(obs.permute(0, 3, 1, 2) / 255)  # channels stay last in memory: twice as fast on a CPU
+    def forward(self, obs):
+        parts = [obs] if torch.is_grad_enabled() else obs.split(512)
+        # permuted, channels stay last in memory: twice as fast on a CPU
+        return torch.cat([self.head(self.body(part.permute(0, 3, 1, 2) / 255)) for part in parts])
 
 
 class Actor(Impala):
-    """Categorical policy: forward gives a distribution whose log_prob(a) is [B]."""
+    """Categorical policy: obs [B, h, w, 3] to a distribution whose log_prob(a) is [B]."""
 
-    def forward(self, obs: Tensor) -> Distribution:
-        return Categorical(logits=super().forward(obs), validate_args=False)
+    def forward(self, obs):
+        return Categorical(logits=super().forward(obs))
 
 
 class Agent(nn.Module):
-    """All that it takes to play: actor; and the critic, in PopArt's units."""
+    """All that it takes to play: actor, critic."""
 
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space, channels=(16, 32, 32), hidden=256):
+    def __init__(self, observation_space, action_space, channels, hidden):
         super().__init__()
-        self.actor = Actor(observation_space.shape, channels, hidden, nn.Linear(hidden, int(action_space.n)))
-        self.critic = Impala(observation_space.shape, channels, hidden, PopArt(hidden))
+        shape = observation_space.shape
+        self.popart = PopArt(hidden)
+        self.policy = Actor(shape, channels, hidden, nn.Linear(hidden, int(action_space.n)))
+        self.critic = Impala(shape, channels, hidden, self.popart)
+
+    def value(self, obs):
+        """Values in units of the scaled reward of obs [..., h, w, 3]."""
+        values = self.critic(obs.flatten(0, -4)) * self.popart.std + self.popart.mean
+        return values.view(obs.shape[:-3])
 
     @torch.no_grad()
-    def act(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """Obs [B, height, width, 3] to the policy's sample (or mode) and the environment's action, the same [B]."""
-        policy = self.actor(obs)
-        return (policy.mode if deterministic else policy.sample(),) * 2
+    def act(self, obs, deterministic=False):
+        """Obs [B, h, w, 3] to the policy's sample (or mode) and the game's action, the same [B]."""
+        policy = self.policy(obs)
+        action = policy.mode if deterministic else policy.sample()
+        return action, action
 
 
-# The algorithm's core: scores, direction, Kaczmarz
-def tape_scores(actor: nn.Module, obs: Tensor, actions: Tensor, kernel_memory: int) -> list[tuple]:
-    """H, the rows d log pi(a_i|s_i) / d theta, factored by layer, from one forward and one backward pass in chunks.
-
-    Returns (x [B, d_in], g [B, d_out], [weight, bias]) a layer: its input and the gradient of log pi at its output.
-    Row i holds g_i x_i^T for the weight and g_i for the bias. A convolution is two such layers with the input 1, for
-    P_i of (12) and for its bias. Raises TypeError where that is not known, MemoryError above kernel_memory MiB."""
-    layers = {module: name for name, module in actor.named_modules() if module._parameters}
-    owned, rows, start, size = [p for m in layers for p in m.parameters(recurse=False)], {}, 0, 1
-    while start < len(obs):
-        part, calls = slice(start, start + size), {module: [] for module in layers}  # (input, output) of each call
-        hooks = [m.register_forward_hook(lambda m, x, z, calls=calls: calls[m].append((*x, z))) for m in layers]
-        with torch.enable_grad():
-            log_prob = actor(obs[part]).log_prob(actions[part]).sum()
-        for hook in hooks:
-            hook.remove()
-        for m, name in layers.items():  # _version: an in-place activation has overwritten the output
-            plain = (1, (1, 1), "zeros", tuple)
-            conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode, type(m.padding)) == plain
-            once = [(len(z), z.dim(), z._version) for *_, z in calls[m]] == [(len(obs[part]), 4 if conv else 2, 0)]
-            if not (conv or type(m) is nn.Linear) or not once or sum(p.requires_grad for p in set(owned)) < len(owned):
-                raise TypeError(f"the tape takes trained Linear, plain Conv2d once, not {name} {m}: --jacobian vmap")
-        for m, g in zip(layers, torch.autograd.grad(log_prob, [calls[m][0][1] for m in layers]), strict=True):
-            found = [(x := calls[m][0][0].detach(), g, params := list(m.parameters()))]
-            if type(m) is nn.Conv2d:  # patches x [B, T, kh * kw * c_in], P [B, c_out * c_in * kh * kw]
-                (kh, kw), (sh, sw), (ph, pw) = m.kernel_size, m.stride, m.padding
-                x = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).unfold(1, kh, sh).unfold(2, kw, sw)
-                p = g.flatten(2) @ x.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
-                p = p.unflatten(2, (kh * kw, -1)).transpose(2, 3).flatten(1)  # in the order of the weight
-                found = [(x.new_ones(len(x), 1), t, [q]) for t, q in zip((p, g.sum((2, 3))), params, strict=False)]
-            for x, g, params in found:
-                if start == 0:
-                    rows[tuple(params)] = [t.new_empty(len(obs), t.shape[1]) for t in (x, g)]
-                for whole, t in zip(rows[tuple(params)], (x, g), strict=True):
-                    whole[part] = t
-        if start == 0:  # of one sample, to learn how many fit: values, gradients, what pooling and patches add
-            used = sum(x.nbytes + 5 * z.nbytes for [(x, z)] in calls.values())
-            spare = kernel_memory * 2**20 - sum(t.nbytes for whole in rows.values() for t in whole)
-            if spare < used:
-                raise MemoryError(f"raise --kernel-memory {kernel_memory}, too little for blocks of {len(obs)} samples")
-        start, size = part.stop, int(spare // used)
-    return [(x, g, list(params)) for params, (x, g) in rows.items()]
+# ---- What every script has: arguments, rollout, critic, files --------------------------------
 
 
-def vmap_scores(actor: nn.Module, obs: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-    """The same from materialised per-sample gradients, for most modules: each parameter is a layer with input 1."""
-    score = grad(lambda named, obs, action: functional_call(actor, named, obs[None]).log_prob(action[None])[0])
-    params = {n: p for n, p in actor.named_parameters() if p.requires_grad}
-    rows = vmap(score, in_dims=(None, 0, 0), chunk_size=128)({n: p.detach() for n, p in params.items()}, obs, actions)
-    return [(rows[n].new_ones(len(obs), 1), rows[n].flatten(1), [p]) for n, p in params.items()]
+def fail(sentence, code=2):
+    """End the program with one sentence on stderr. Code 2: bad input; 1: the run broke down."""
+    print(f"{ALGORITHM}: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
-def rat_direction(
-    actor: nn.Module, obs: Tensor, actions: Tensor, advantages: Tensor, weights: Tensor, damping: float,
-    previous: list[Tensor] | None = None, jacobian: Literal["tape", "vmap"] = "tape", kernel_memory: int = 512,
-) -> list[Tensor]:  # fmt: skip
-    """One block Kaczmarz step, the minimiser of |y - H g|^2_Sigma + damping |g - previous|^2: equation (3).
+def check_args(args, may_be_zero=("seed", "resume")):
+    """Name a run without a name; raise ValueError for a value that cannot work.
 
-    advantages are y [B], used as given; weights are w [B] >= 0 and Sigma = diag(w) / #(w > 0), so that rows of weight
-    zero drop out; previous is g_{j-1}, without it the step starts from zero and is equation (1).
-    Returns g_j, an ascent direction, one tensor per actor.parameters() in that order. Raises FloatingPointError
-    where scores or advantages are not finite, TypeError and MemoryError as tape_scores does."""
-    scores = vmap_scores(actor, obs, actions) if jacobian == "vmap" else tape_scores(actor, obs, actions, kernel_memory)
-    memory = dict(zip(actor.parameters(), previous, strict=True)) if previous is not None else {}
-    with torch.no_grad():
-        kernel, residual = 0.0, advantages
-        for x, g, (weight, *bias) in scores:
-            kernel = kernel + (g @ g.T) * (x @ x.T + len(bias))  # H H^T, [B, B], (5)
-            if memory:  # y - H g_{j-1}, [B], (6)
-                residual = residual - ((g @ memory[weight].view(g.shape[1], x.shape[1])) * x).sum(1)
-                residual = residual - sum(g @ memory[b] for b in bias)
-
-        root = (weights / weights.count_nonzero().clamp(min=1)).sqrt()  # S = Sigma^1/2, [B]
-        system = root[:, None] * kernel * root + damping * torch.eye(len(root), dtype=root.dtype, device=root.device)
-        factor, info = torch.linalg.cholesky_ex(system)  # S H H^T S + lambda I = L L^T, [B, B]
-        u = root * torch.cholesky_solve((root * residual)[:, None], factor)[:, 0]  # Sigma A-bar, [B], (2)
-        if not (info == 0) & u.isfinite().all():
-            raise FloatingPointError("the kernel's Cholesky solve is not finite: bad scores or advantages, low damping")
-        direction = {p: torch.zeros_like(p) for p in actor.parameters()}  # 0 where frozen
-        for x, g, (weight, *bias) in scores:  # H^T u, (7)
-            direction[weight] = ((u[:, None] * g).T @ x).view_as(weight)
-            direction |= dict.fromkeys(bias, u @ g)
-        return [direction[p] + memory[p] if memory else direction[p] for p in actor.parameters()]
+    tyro prints the error's sentence and exits with code 2."""
+    blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        number = isinstance(value, int | float)
+        if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+            raise ValueError(f"{flag} must be positive and below 2^31.")
+        if name in ("gamma", "gae_lambda") and value > 1:
+            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name.endswith("minibatches") and value > blocks:
+            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
+    if args.num_steps < 2:
+        raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
+    name = f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}"
+    args.run_name = args.run_name or name.replace("/", "_")
 
 
-# Rollout and generalised advantage estimation
-class Collector:
-    """Steps the environments; holds what outlives a rollout. R is an episode's discounted return so far."""
-
-    def __init__(self, envs: Procgen, gamma: float):
-        self.envs, self.gamma, self.obs = envs, gamma, envs.env.observe()[1]["rgb"]
-        self.running, self.moments = np.zeros((3, len(self.obs))), np.zeros(3)  # return, length, R; sums of 1, R, R^2
-        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes
-
-    def collect(self, agent: Agent, num_steps: int, device: torch.device) -> tuple[Tensor, ...]:
-        """T = num_steps steps of N environments, all data, to obs [T + 1, N, 64, 64, 3] uint8, actions, rewards and
-        terminated [T, N]. Rewards are divided by the deviation of R up to the rollout's end, then clipped to +-10."""
-        obs = torch.empty(num_steps + 1, *self.obs.shape, dtype=torch.uint8, device=device)
-        obs[0], steps = torch.as_tensor(self.obs), []  # actions, rewards, terminated
-        for t in range(num_steps):
-            action = agent.act(obs[t])[1].cpu().numpy()
-            self.obs, reward, terminated, _, _ = self.envs.step(action)
-            self.running = self.running * [[1], [1], [self.gamma]] + [reward, np.ones_like(reward), reward]
-            self.moments += [len(reward), self.running[2].sum(), (self.running[2] ** 2).sum()]
-            self.finished.extend(map(tuple, self.running[:2, terminated].T.tolist()))
-            self.running[:, terminated] = 0
-            obs[t + 1] = torch.as_tensor(self.obs)
-            steps.append(np.stack([action, reward, terminated]))
-        mean, square = self.moments[1:] / self.moments[0]
-        actions, rewards, terminated = torch.as_tensor(np.stack(steps, 1), dtype=torch.float32, device=device)
-        return obs, actions.long(), (rewards / (square - mean**2 + 1e-8) ** 0.5).clamp(-10, 10), terminated
+def check_finite(what, value):
+    """Raise FloatingPointError, by name, for a value that is not finite."""
+    if not np.isfinite(value).all():
+        raise FloatingPointError(f"{what} is not finite")
 
 
-def evaluate(args: Args, agent: Agent, seed: int, device: torch.device) -> float:
-    """Mean return on unseen levels, of the first episode of each of num_envs new environments, played to its end."""
-    envs, returns, live = Procgen(args, seed, unseen=True), np.zeros(args.num_envs), np.ones(args.num_envs, bool)
-    obs = envs.env.observe()[1]["rgb"]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # training does not notice
-        while live.any():
-            action = agent.act(torch.as_tensor(obs, device=device))[1].cpu().numpy()
-            obs, rewards, terminated, _, _ = envs.step(action)
-            returns += rewards * live
-            live &= ~terminated
-    return returns.mean().item()
+def seed_generators(args, global_step):
+    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    generator = np.random.default_rng((args.seed, global_step))
+    first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
+    random.seed(first)
+    np.random.seed(first)
+    torch.manual_seed(first)
+    return env_seeds
 
 
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T, N] from values [T + 1, N] (Schulman 2016): truncation bootstraps, the trace ends at done."""
-    advantages, trace = torch.zeros_like(rewards), 0.0
-    deltas = rewards + gamma * values[1:] * (1 - terminated) - values[:-1]
+class Rollout(NamedTuple):
+    """T steps of N environments, all of them data: Procgen resets within the step."""
+
+    obs: Tensor  # uint8, [T + 1, N, 64, 64, 3]
+    actions: Tensor  # [T, N], as all that follow
+    rewards: Tensor  # scaled
+    terminated: Tensor
+    done: Tensor  # the same
+
+
+def collect(envs, agent, obs, num_steps):
+    """A Rollout of num_steps steps from obs [N, 64, 64, 3]."""
+    observations, actions, steps = [obs], [], []
+    for _ in range(num_steps):
+        action, env_action = agent.act(obs)
+        next_obs, reward, terminated, _, _ = envs.step(env_action.cpu().numpy())
+        obs = torch.tensor(next_obs, device=obs.device)
+        observations.append(obs)
+        actions.append(action)
+        steps.append([reward, terminated])
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    rewards, terminated = steps.unbind(1)  # [T, N] each
+    return Rollout(
+        torch.stack(observations), torch.stack(actions), rewards, terminated, done=terminated
+    )
+
+
+def gae(rollout, values, gamma, lam):
+    """Advantages [T, N] from values [T + 1, N] (Schulman et al. 2016).
+
+    A truncation bootstraps from the value of its last observation; the trace ends at done."""
+    deltas = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
+    advantages = torch.zeros_like(deltas)
+    trace = 0.0
     for t in reversed(range(len(deltas))):
-        advantages[t] = trace = deltas[t] + gamma * lam * (1 - done[t]) * trace
+        trace = deltas[t] + gamma * lam * (1 - rollout.done[t]) * trace
+        advantages[t] = trace
     return advantages
 
 
-# Checkpoint and logging
-def load_checkpoint(args: Args, path: Path) -> dict:
-    """Read a checkpoint for --resume; refuse one that is missing, damaged, or from a run with other arguments."""
+class Samples(NamedTuple):
+    """The n steps of a rollout, or a block of them."""
+
+    obs: Tensor  # uint8, [n, 64, 64, 3]
+    actions: Tensor  # [n]
+    advantages: Tensor  # in units of the scaled reward, [n]
+    returns: Tensor  # in PopArt's units, [n]
+    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+
+
+def gather_samples(agent, rollout, advantages, values):
+    """Renew PopArt's statistics; Samples, and the policy at them before its updates."""
+    obs = rollout.obs[:-1].flatten(0, 1)
+    actions = rollout.actions.flatten()
+    advantages = advantages.flatten()
+    returns = advantages + values[:-1].flatten()
+    agent.popart.update(returns)
+    returns = (returns - agent.popart.mean) / agent.popart.std
+    policy = agent.policy(obs)
+    return Samples(obs, actions, advantages, returns, policy.log_prob(actions)), policy
+
+
+def evaluate(args, agent, seed):
+    """Mean raw return on unseen levels, of the first episode of each of num_envs new games."""
+    envs = Procgen(args, seed, unseen=True)
+    obs, _ = envs.reset()
+    returns = np.zeros(args.num_envs)
+    live = np.ones(args.num_envs, bool)
+    while live.any():
+        _, action = agent.act(torch.tensor(obs, device=args.device))
+        obs, rewards, terminated, _, _ = envs.step(action.cpu().numpy())
+        returns += rewards * live
+        live &= ~terminated
+    return returns.mean().item()
+
+
+def normalized(advantages):
+    """y [B]: the advantages of a block, centred and divided by their root mean square."""
+    centred = advantages - advantages.mean()
+    return centred / (centred.square().mean().sqrt() + 1e-8)
+
+
+def minibatches(samples, count):
+    """The samples in random order, in count blocks of the same size, give or take one."""
+    order = torch.randperm(len(samples.obs), device=samples.obs.device)
+    for rows in order.tensor_split(count):
+        yield Samples(*(column[rows] for column in samples))
+
+
+def fit_critic(args, critic, optimizer, samples):
+    """Regress the critic on the normalised returns; the mean squared error."""
+    losses = []
+    for _ in range(args.critic_epochs):
+        for block in minibatches(samples, args.critic_minibatches):
+            loss = (critic(block.obs) - block.returns).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def adapt_learning_rate(learning_rate, kl, low, largest):
+    """The next rollout's step size: keeps the KL divergence of a rollout in [low, 4 low]."""
+    if kl > 4 * low:
+        return max(learning_rate / 1.5, 1e-4)
+    if kl < low:
+        return min(learning_rate * 1.5, largest)
+    return learning_rate
+
+
+@torch.no_grad()
+def rollout_metrics(agent, old_policy, samples):
+    """How far the updates moved the policy, how good the critic was: over all samples."""
+    policy = agent.policy(samples.obs)
+    variance = samples.returns.var() * agent.popart.std.square()
+    return {
+        "losses/kl": kl_divergence(old_policy, policy).mean(),
+        "losses/entropy": policy.entropy().mean(),
+        "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
+        "losses/advantage_rms": samples.advantages.std(correction=0),
+    }
+
+
+def run_metrics(envs, global_step, started):
+    """Means of the last 100 training episodes (nan before one has ended), and the speed."""
+    seconds = time.time() - started
+    return {
+        "charts/episodic_return": np.mean(envs.return_queue or np.nan),
+        "charts/episodic_length": np.mean(envs.length_queue or np.nan),
+        "charts/SPS": global_step / seconds,
+        "charts/wall_seconds": seconds,
+    }
+
+
+def run_folder(args):
+    """Where checkpoint.pt, progress.csv, config.json and TensorBoard's events of the run are."""
+    return Path(args.output_dir) / args.run_name
+
+
+def save_checkpoint(args, state):
+    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    partial = run_folder(args) / "checkpoint.partial"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, done = {"algorithm": saved["algorithm"], **saved["args"]}, saved["global_step"]
-    except Exception as error:
-        fail(f"--resume: {path} is {'damaged' if path.exists() else 'missing, check --run-name'} ({error}).")
-    free = ("total_timesteps", "checkpoint_interval", "device", "output_dir", "resume", "kernel_memory")
-    for name, value in {"algorithm": ALGORITHM, **asdict(args)}.items():
-        if (name not in free and theirs.get(name) != value) or (name == "total_timesteps" and value < done):
-            fail(f"--resume: {path} belongs to a run with {name} {theirs.get(name)}, not {value}.")
+        with open(partial, "wb") as file:
+            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, run_folder(args) / "checkpoint.pt")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(args):
+    """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
+    path = run_folder(args) / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        if saved["algorithm"] != ALGORITHM:
+            raise ValueError(
+                f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
+                "resume it there or, where that is this script's old name, rename it back"
+            )
+        saved["args"] = Args(**saved["args"])
+    except Exception as error:  # damage raises anything from EOFError to UnpicklingError
+        fail(f"--resume: cannot use {path} ({type(error).__name__}): {str(error).split('. ')[0]}.")
     return saved
 
 
+def check_resumed(args, saved):
+    """Refuse arguments that would make it another run, all at once."""
+    may_change = ("total_timesteps", "vectorization", "device", "run_name", "output_dir", "resume")
+    theirs = vars(saved["args"])
+    changed = [n for n, v in vars(args).items() if n not in may_change and v != theirs[n]]
+    if changed:
+        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
+        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
+    if args.total_timesteps < saved["global_step"]:
+        fail(
+            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
+            "give more or leave it out."
+        )
+
+
+def parse_args():
+    """The command line as Args; with --resume, what it leaves out is as the run had it."""
+    args = tyro.cli(Args)
+    if args.resume:
+        args = tyro.cli(Args, default=load_checkpoint(args)["args"])
+    return args
+
+
 class Logger:
-    """progress.csv, TensorBoard events and the progress bar (a line every 5 % where stderr is no terminal)."""
+    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
 
-    def __init__(self, folder: Path, step: int, total: int):
-        path, self.total, self.printed = folder / "progress.csv", total, step
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [r for r in rows if r.endswith("\n") and (r is rows[0] or int(r.split(",")[0]) <= step)]
-        self.csv = open(path, "a", buffering=1)  # noqa: SIM115
-        self.csv.truncate(len("".join(kept)))  # what came after the checkpoint will be written again
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if rows else None)
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty())
+    Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
+    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row and one point a tag; metrics maps tag to value, the column is what follows the slash."""
-        row = {"global_step": step} | {tag.split("/")[1].lower(): value for tag, value in metrics.items()}
-        if os.path.getsize(self.csv.name) == 0:
-            print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv)
+    def __init__(self, args, step, csv_size):
+        folder = run_folder(args)
+        if args.total_timesteps < args.num_envs * args.num_steps:
+            fail(
+                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
+                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=args.resume)
+            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
+            if fcntl is not None:
+                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+            (folder / "config.json").write_text(config)
+        except OSError as error:
+            fail(
+                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
+                "--run-name, --resume the run or await its end."
+            )
+        self.csv.truncate(min(csv_size, self.csv.tell()))
+        self.csv.seek(0, os.SEEK_END)
+        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
+
+    def write(self, step, metrics):
+        """A point a tag and a row, whose columns are what follows the tags' slashes.
+
+        Raises FloatingPointError for a value that is not finite, but for those of charts/."""
+        row = {"global_step": step}
         for tag, value in metrics.items():
+            value = float(value)
+            group, column = tag.split("/")
+            if group != "charts":
+                check_finite(tag, value)
+            row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
-        line = f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}"
-        self.bar.set_postfix_str(line, refresh=False)
+        self.events.flush()
+        if self.csv.tell() == 0:
+            print(*row, sep=",", file=self.csv)
+        print(*row.values(), sep=",", file=self.csv, flush=True)
+        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and (step - self.printed) * 20 >= self.total:
-            print(f"step {step} of {self.total}: {line}, {row['sps']:.0f} steps/s", file=sys.stderr)
-            self.printed = step
+
+    def close(self):
+        """Close the files, which ends the lock."""
+        for part in (self.csv, self.events, self.bar):
+            part.close()
 
 
-# Training
-def main(args: Args) -> None:
-    """Train. Raises SystemExit 2 on bad input, 1 when a value stops being finite, 128 + n after signal n."""
-    check_args(args)
-    args.run_name = args.run_name or f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}".replace("/", "_")
-    checkpoint = (folder := Path(args.output_dir) / args.run_name) / "checkpoint.pt"
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    saved = load_checkpoint(args, checkpoint) if args.resume else {}
-    stop = []  # holds the signal that asked for the end
+@contextmanager
+def one_sentence(args):
+    """Whatever ends the run within, end it with one sentence and the way to continue it.
+
+    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
+
+    def end(sentence, code):
+        if (run_folder(args) / "checkpoint.pt").exists():
+            fail(
+                f"{sentence}; continue with --resume --run-name {args.run_name} "
+                f"--output-dir {args.output_dir}.",
+                code,
+            )
+        fail(f"{sentence}.")
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    torch.manual_seed(args.seed)
+        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        end(f"{type(error).__name__}: {error} ({where})", 1)
+
+
+# ---- The algorithm's core: scores, transformed advantages, block Kaczmarz --------------------
+
+
+class LayerScores(NamedTuple):
+    """A linear layer's columns of H: row i is the outer product g_i x_i^T."""
+
+    params: list  # weight [d_out, d_in] and, if there is one, bias [d_out]
+    x: Tensor  # the layer's inputs, a 1 appended for the bias, [B, d_in (+ 1)]
+    grad_out: Tensor  # g: gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
+
+
+def check_tape(layers, calls, batch):
+    """Raise TypeError for a layer of which (5) to (7) and (12) do not hold."""
+    owned = [p for m in layers for p in m.parameters(recurse=False)]
+    for m, name in layers.items():
+        outputs = [output for layer, _, output in calls if layer is m]
+        plain = (1, (1, 1), "zeros")
+        conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode) == plain
+        if not conv and type(m) is not nn.Linear:
+            problem = "is no Linear and no plain Conv2d"
+        elif len(outputs) != 1 or len(outputs[0]) != batch:
+            problem = "is not called once with a row a sample"
+        elif outputs[0]._version > 0:
+            problem = "has its output overwritten in place"
+        elif sum(p.requires_grad for p in set(owned)) < len(owned):
+            problem = "or another is no trained layer with parameters of its own"
+        else:
+            continue
+        raise TypeError(f"layer {name} {m} {problem}: use --jacobian vmap")
+
+
+def patches(conv, x):
+    """x_{i,t} of (12): what the weight meets at each of T positions, [B, T, rows * columns * c_in].
+
+    x [B, c_in, h, w]. Channels stay last, as in memory: half the time of nn.functional.unfold."""
+    windows = nn.functional.pad(x, conv._reversed_padding_repeated_twice)
+    for axis in range(2):
+        windows = windows.unfold(2 + axis, conv.kernel_size[axis], conv.stride[axis])
+    return windows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def conv_scores(conv, x, grad_out):
+    """P of (12): row i is P_i = sum_t g_{i,t} x_{i,t}^T, in the order of the weight.
+
+    grad_out is g, [B, c_out, T]."""
+    gradients = grad_out @ patches(conv, x)  # [B, c_out, rows * columns * c_in]
+    gradients = gradients.unflatten(2, (*conv.kernel_size, -1))
+    return gradients.permute(0, 1, 4, 2, 3).flatten(1)
+
+
+def layer_scores(m, x, grad_out):
+    """The columns of H that belong to a layer with inputs x and output gradients grad_out.
+
+    Row i of a bias is grad_out_i, of a convolution P_i: these are layers with the input 1."""
+    one = x.new_ones(len(x), 1)
+    if type(m) is nn.Conv2d:
+        grad_out = grad_out.flatten(2)  # g_{i,t}, [B, c_out, T]
+        weight = LayerScores([m.weight], one, conv_scores(m, x, grad_out))
+        grad_out = grad_out.sum(2)  # [B, c_out]
+    else:
+        weight = LayerScores([m.weight], x, grad_out)
+    if m.bias is None:
+        return [weight]
+    return [weight, LayerScores([m.bias], one, grad_out)]
+
+
+def tape_chunk(actor, obs, actions):
+    """H, the rows d log pi(a_i|s_i) / d theta, by layer: one forward and one backward pass.
+
+    Returns also the bytes that this takes. Raises TypeError as check_tape."""
+    layers = {m: name for name, m in actor.named_modules() if m._parameters}
+    calls = []  # (layer, inputs, output)
+    hooks = [m.register_forward_hook(lambda *call: calls.append(call)) for m in layers]
+    with torch.enable_grad():
+        log_prob = actor(obs).log_prob(actions).sum()
+    for hook in hooks:
+        hook.remove()
+    check_tape(layers, calls, len(obs))
+    grads = torch.autograd.grad(log_prob, [output for _, _, output in calls])
+    scores = []
+    for (m, (x,), _), grad_out in zip(calls, grads):
+        scores += layer_scores(m, x.detach(), grad_out)
+    # values and gradients, and what the activations, poolings and patches between them take
+    return scores, sum(x.nbytes + 5 * output.nbytes for _, (x,), output in calls)
+
+
+def tape_scores(actor, obs, actions, kernel_memory=512):
+    """H by layer, as many samples at a time as fit into kernel_memory MiB beside it.
+
+    Raises MemoryError where that is none, TypeError as check_tape."""
+    samples = len(obs)
+    first, working = tape_chunk(actor, obs[:1], actions[:1])
+    held = sum(s.x.nbytes + s.grad_out.nbytes for s in first)
+    size = int((kernel_memory * 2**20 - samples * held) / (working + held))
+    if size < 1:
+        raise MemoryError(
+            f"a block takes more than --kernel-memory {kernel_memory}: give more, or "
+            "more --num-minibatches"
+        )
+    scores = []
+    for params, x, grad_out in first:  # room for all samples
+        scores.append(LayerScores(params, x.repeat(samples, 1), grad_out.repeat(samples, 1)))
+    for start in range(0, samples, size):
+        rows = slice(start, start + size)
+        chunk, _ = tape_chunk(actor, obs[rows], actions[rows])
+        for s, part in zip(scores, chunk):
+            s.x[rows] = part.x
+            s.grad_out[rows] = part.grad_out
+        del chunk, part  # what lives on would keep the heap around it from the next chunk
+    return scores
+
+
+@torch.no_grad()
+def vmap_scores(actor, obs, actions):
+    """The same, materialised, for most modules: each parameter is a layer with the input 1."""
+
+    def log_prob(params, obs, action):
+        return functional_call(actor, params, obs[None]).log_prob(action[None])[0]
+
+    params = {name: p for name, p in actor.named_parameters() if p.requires_grad}
+    rows = vmap(grad(log_prob), in_dims=(None, 0, 0), chunk_size=128)(params, obs, actions)
+    one = obs.new_ones(len(obs), 1)
+    return [LayerScores([p], one, rows[name].flatten(1)) for name, p in params.items()]
+
+
+def kernel(scores):
+    """H H^T [B, B], (5)."""
+    return sum((s.grad_out @ s.grad_out.T) * (s.x @ s.x.T) for s in scores)
+
+
+def score_norm_sq(scores):
+    """The diagonal of (5), the squared norms of the rows of H, [B]."""
+    return sum(s.grad_out.square().sum(1) * s.x.square().sum(1) for s in scores)
+
+
+def product(scores, v):
+    """H v [B], (6); v maps parameters to tensors of their shapes."""
+    total = 0.0
+    for s in scores:
+        columns = [v[p].view(s.grad_out.shape[1], -1) for p in s.params]
+        total = total + ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
+    return total
+
+
+def transposed_product(scores, u):
+    """H^T u, (7), of u [B]: maps parameters to tensors of their shapes."""
+    result = {}
+    for s in scores:
+        matrix = (u[:, None] * s.grad_out).T @ s.x  # [d_out, d_in (+ 1)]
+        widths = [p.numel() // len(matrix) for p in s.params]
+        for p, columns in zip(s.params, matrix.split(widths, 1)):
+            result[p] = columns.reshape(p.shape)
+    return result
+
+
+def solve(scores, rhs, ratio, damping):
+    """Sigma (damping I + H H^T Sigma)^-1 rhs [..., B], (2), Sigma = diag(ratio) / #(ratio > 0).
+
+    Raises FloatingPointError where the solution is not finite."""
+    sigma = ratio / ratio.count_nonzero().clamp(min=1)
+    if 6e-8 * (sigma @ score_norm_sq(scores)) > 0.01 * damping:  # float32 would round damping off
+        # one layer after the other: a generator, as copies of all could exceed --kernel-memory
+        scores = (s._replace(x=s.x.double(), grad_out=s.grad_out.double()) for s in scores)
+    sqrt_sigma = sigma.sqrt()  # S, [B]
+    damped_kernel = sqrt_sigma[:, None] * kernel(scores) * sqrt_sigma  # S H H^T S, [B, B]
+    damped_kernel.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(damped_kernel)
+    scaled = (sqrt_sigma * rhs).to(factor.dtype)[..., None]
+    solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
+    if info != 0 or not solution.isfinite().all():
+        raise FloatingPointError(
+            "the actor update's Cholesky solve is not finite: "
+            "scores or advantages are bad, or damping is too low"
+        )
+    return solution.to(rhs.dtype)
+
+
+@torch.no_grad()
+def rat_direction(
+    actor,
+    obs,
+    actions,
+    advantages,
+    weights,
+    damping,
+    previous=None,
+    jacobian="tape",
+    kernel_memory=512,
+):
+    """g_j of (3), minimiser of |y - H g|^2_Sigma + damping |g - previous|^2; (1) without previous.
+
+    advantages are y [B], used as given; weights are the ratios w [B], rows of weight 0 drop out;
+    previous is g_{j-1}. Returns an ascent direction, one tensor per actor.parameters(). Raises
+    FloatingPointError where scores or advantages are not finite, others as tape_scores."""
+    if jacobian == "tape":
+        scores = tape_scores(actor, obs, actions, kernel_memory)
+    else:
+        scores = vmap_scores(actor, obs.float(), actions)
+    if previous is None:
+        previous = [torch.zeros_like(p) for p in actor.parameters()]
+    remembered = dict(zip(actor.parameters(), previous, strict=True))
+    residual = advantages - product(scores, remembered)  # y - H g_{j-1}, [B]
+    increment = transposed_product(scores, solve(scores, residual, weights, damping))
+    return [g + increment.get(p, 0) for p, g in remembered.items()]  # 0 where p is frozen
+
+
+def kaczmarz_direction(args, actor, block, previous):
+    """Direction to apply for a block of samples, its norm, what the next block gets as previous.
+
+    g_j of (3) is clipped only when applied, and remembered unclipped within a rollout."""
+    y = normalized(block.advantages)
+    log_ratio = actor(block.obs).log_prob(block.actions) - block.log_prob
+    ratio = log_ratio.exp().clamp(0.1, 10)  # w
+    direction = rat_direction(
+        actor,
+        block.obs,
+        block.actions,
+        y,
+        ratio,
+        args.damping,
+        previous,
+        args.jacobian,
+        args.kernel_memory,
+    )
+    norm = nn.utils.get_total_norm(direction)
+    factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    return [g * factor for g in direction], norm, direction  # (4)
+
+
+# ---- Training --------------------------------------------------------------------------------
+
+
+def main(args: Args):
+    """Train. A checkpoint of the last whole iteration is always on the disk."""
+    saved = {}
+    if args.resume:
+        saved = load_checkpoint(args)
+        check_resumed(args, saved)
     batch_size = args.num_envs * args.num_steps
-    global_step, started = saved.get("global_step", 0), time.time() - saved.get("wall_seconds", 0.0)
-    learning_rate, eval_return = saved.get("learning_rate", args.learning_rate), saved.get("eval_return", math.nan)
-    collector = Collector(Procgen(args, args.seed + global_step), args.gamma)  # a resumed run starts new episodes
-    agent = Agent(Procgen.single_observation_space, Procgen.single_action_space, args.channels, args.hidden).to(device)
-    actor, critic, popart = agent.actor, agent.critic, agent.critic[-1]
+    global_step = saved.get("global_step", 0)
+    learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
+    eval_return = saved.get("eval_return", np.nan)
+    started = time.time() - saved.get("wall_seconds", 0.0)
+    seeds = seed_generators(args, global_step)
+    games = gym.wrappers.vector.RecordEpisodeStatistics(Procgen(args, seeds[0]))  # raw rewards
+    scaled = gym.wrappers.vector.NormalizeReward(games, args.gamma)  # by the deviation of returns
+    envs = gym.wrappers.vector.ClipReward(scaled, -10, 10)
+    obs = torch.tensor(envs.reset()[0], device=args.device)  # [N, 64, 64, 3]
+    spaces = envs.single_observation_space, envs.single_action_space
+    agent = Agent(*spaces, args.channels, args.hidden).to(args.device)
+    actor, critic = agent.policy, agent.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        collector.finished, collector.moments = deque(saved["episodes"], 100), np.array(saved["moments"])
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-    try:
-        folder.mkdir(parents=True, exist_ok=args.resume)
-        (folder / "config.json").write_text(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2))
-        logger = Logger(folder, global_step, args.total_timesteps // batch_size * batch_size)
-    except OSError as error:
-        fail(f"cannot write {folder} ({error.strerror}): take another --output-dir or --run-name, or --resume the run.")
+        vars(scaled.return_rms).update(saved["reward_statistics"])
+        games.return_queue.extend(saved["episodes"][0])
+        games.length_queue.extend(saved["episodes"][1])
+    if args.jacobian == "tape":
+        tape_chunk(actor, obs, actor(obs).mode)  # refuses before there is a run folder
+    logger = Logger(args, global_step, saved.get("csv_size", 0))
+    print(f"{args.env_id}: tensorboard --logdir {run_folder(args)}", file=sys.stderr)
 
-    def state() -> dict:
-        return {
-            "algorithm": ALGORITHM, "args": asdict(args), "agent": agent.state_dict(), "eval_return": eval_return,
-            "optimizer": optimizer.state_dict(), "learning_rate": learning_rate, "global_step": global_step,
-            "wall_seconds": time.time() - started, "episodes": list(collector.finished), "rng": torch.get_rng_state(),
-            "moments": collector.moments.tolist(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }  # fmt: skip
+    def save():
+        """All that a resumed run needs; its environments start new episodes."""
+        state = {
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "learning_rate": learning_rate,
+            "reward_statistics": {k: float(v) for k, v in vars(scaled.return_rms).items()},
+            "eval_return": eval_return,
+            "global_step": global_step,
+            "wall_seconds": time.time() - started,
+            "csv_size": logger.csv.tell(),
+            "episodes": np.array([games.return_queue, games.length_queue]).tolist(),
+        }
+        save_checkpoint(args, state)
 
-    def save(state: dict) -> None:
-        logger.events.flush()  # the points and rows that a checkpoint counts on reach the operating system before it
-        with open(checkpoint.with_suffix(".partial"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, checkpoint)  # a crash leaves the old file or the new one
+    save()
+    while global_step + batch_size <= args.total_timesteps:
+        # Rollout, advantages, samples
+        rollout = collect(envs, agent, obs, args.num_steps)
+        obs = rollout.obs[-1]
+        global_step += batch_size
+        with torch.no_grad():
+            values = agent.value(rollout.obs)  # [T + 1, N]
+            advantages = gae(rollout, values, args.gamma, args.gae_lambda)
+            samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
-    save(state())
-    while global_step + batch_size <= args.total_timesteps and not stop:
-        last_good, phase = copy.deepcopy(state()), "rollout"
-        try:
-            global_step += batch_size
-            obs, actions, rewards, done = collector.collect(agent, args.num_steps, device)
-            with torch.no_grad():  # 512 images at a time: of a whole rollout the first stage would take gigabytes
-                values = torch.cat([critic(part) for part in obs.flatten(0, 1).split(512)]) * popart.std + popart.mean
-                advantages = gae(rewards, values.view(-1, args.num_envs), done, done, args.gamma, args.gae_lambda)
-                obs, actions, advantages = obs[:-1].flatten(0, 1), actions.flatten(), advantages.flatten()
-                returns = advantages + values[:batch_size]  # all [T * N] from here on
-                popart.update(returns)
-                returns = (returns - popart.mean) / popart.std
-                old_logits = torch.cat([actor(part).logits for part in obs.split(512)])  # [T * N, 15]
-                g, norms = None, []  # g_0 = 0
-                for _ in range(args.update_epochs):
-                    for block in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-                        phase, old = f"actor update {len(norms) + 1}", Categorical(logits=old_logits[block])
-                        log_ratio = actor(obs[block]).log_prob(actions[block]) - old.log_prob(actions[block])  # [B]
-                        y = advantages[block]
-                        y = (y - y.mean()) / (y.std(correction=0) + 1e-8)
-                        batch = (obs[block], actions[block], y, log_ratio.exp().clamp(0.1, 10))
-                        g = rat_direction(actor, *batch, args.damping, g, args.jacobian, args.kernel_memory)  # g_j, (3)
-                        norms.append(nn.utils.get_total_norm(g))
-                        eta = learning_rate * (args.max_grad_norm / (norms[-1] + 1e-6)).clamp(max=1)
-                        torch._foreach_add_(list(actor.parameters()), torch._foreach_mul(g, eta))  # (4)
-                policy = actor(obs[block])  # how far this rollout's updates moved the policy, on the last block
-                metrics = {
-                    "rat/kl": kl_divergence(old, policy).mean(),
-                    "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # sampled, before the last update
-                    "losses/entropy": policy.entropy().mean(),
-                    "losses/explained_variance": 1 - advantages.var() / returns.var() / popart.std**2,
-                    "rat/direction_norm": torch.stack(norms).mean(),
-                }
-            phase, losses = "critic updates", []
-            for _ in range(args.critic_epochs):
-                for block in torch.randperm(batch_size, device=device).split(batch_size // args.critic_minibatches):
-                    loss = (critic(obs[block]) - returns[block]).square().mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
-                    optimizer.step()
-                    losses.append(loss.detach())
-            metrics["losses/value_loss"] = torch.stack(losses).mean()
-            metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            if bad := [t for t in ("rat/kl", "losses/entropy", "losses/value_loss") if not math.isfinite(metrics[t])]:
-                raise FloatingPointError(f"{bad[0]} is not finite")
-        except (FloatingPointError, MemoryError) as error:
-            save(last_good)
-            fail(f"iteration {global_step // batch_size}, {phase}: {error}; {checkpoint} holds the state before.", 1)
-        metrics["charts/wall_seconds"] = wall = time.time() - started
-        episode = np.mean(collector.finished or [(math.nan, math.nan)], 0).tolist()  # nan before the first one ends
-        metrics |= {"charts/episodic_return": episode[0], "charts/episodic_length": episode[1]}
+        # Actor
+        norms = []
+        previous = None  # g_0 = 0
+        with torch.no_grad():
+            for _ in range(args.update_epochs):
+                for block in minibatches(samples, args.num_minibatches):
+                    direction, norm, previous = kaczmarz_direction(args, actor, block, previous)
+                    for p, d in zip(actor.parameters(), direction):
+                        p.add_(d, alpha=learning_rate)  # (4)
+                    norms.append(norm)
+
+        # Critic
+        value_loss = fit_critic(args, critic, optimizer, samples)
+
+        # Evaluation
         if args.eval_levels and global_step // batch_size % args.eval_interval == 0:
-            eval_return = evaluate(args, agent, args.seed + global_step, device)
+            eval_return = evaluate(args, agent, args.seed + global_step)
+
+        # Metrics, step size, checkpoint
+        metrics = rollout_metrics(agent, old_policy, samples)
+        metrics |= run_metrics(games, global_step, started)
         metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
-        metrics |= {"charts/learning_rate": learning_rate, "charts/SPS": global_step / wall}
+        metrics["charts/learning_rate"] = learning_rate
+        metrics["losses/value_loss"] = value_loss
+        metrics["rat/direction_norm"] = torch.stack(norms).mean()  # before the clip
         logger.write(global_step, metrics)
-        factor = 1 / 1.5 if metrics["rat/kl"] > 0.016 else 1.5 if metrics["rat/kl"] < 0.004 else 1
-        learning_rate = min(max(learning_rate * factor, 1e-4), args.learning_rate)
-        if global_step // batch_size % args.checkpoint_interval == 0:
-            save(state())
-    save(state())
-    for part in (logger.bar, logger.csv, logger.events):
-        part.close()
-    episodic_return = np.mean([episode[0] for episode in collector.finished] or math.nan)
-    print(f"{args.env_id}: episodic_return {episodic_return:.1f} after {global_step} steps, {checkpoint}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop:
-        fail(f"stopped by signal {stop[0]}, continue with --resume --run-name {args.run_name}.", 128 + stop[0])
+        kl = metrics["losses/kl"].item()
+        learning_rate = adapt_learning_rate(learning_rate, kl, 0.004, args.learning_rate)
+        save()
+
+    logger.close()
+    result = np.mean(games.return_queue or np.nan)
+    print(
+        f"{args.env_id}: episodic_return {result:.1f} in training, with noise; "
+        f"without: python enjoy.py {run_folder(args) / 'checkpoint.pt'}"
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    arguments = parse_args()
+    with one_sentence(arguments):
+        main(arguments)

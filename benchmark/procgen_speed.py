@@ -1,13 +1,13 @@
-"""Milliseconds and peak extra memory of one update of the IMPALA policy, tape and vmap interleaved in one run.
+"""Milliseconds and peak extra memory of one update of the IMPALA policy, by tape and by vmap.
 
-Run: python benchmark/procgen_speed.py           (--quick: few repeats, small networks; --device cuda: on a GPU)
+Run: python benchmark/procgen_speed.py
+     --quick: few repeats, small networks; --device cuda: on a GPU
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from update_speed import peak_of
 import rat_procgen
 
 METHODS = ("tape", "vmap")
+TINY = {"samples": 16, "channels": (2, 2, 2), "hidden": 8}
 
 
 @dataclass
@@ -35,53 +36,69 @@ class Args:
     quick: bool = False  # 2 repeats of blocks of 16 and 2 channels: to see that it runs
 
 
-def make_update(method: str, args: Args) -> Callable[[], None]:
-    """Function that performs one update of a fresh policy, with the memory of a block before."""
+def make_update(method, args):
+    """Function that performs one update of a fresh policy, as after an earlier block."""
     torch.manual_seed(0)
-    actor = rat_procgen.Actor((64, 64, 3), args.channels, args.hidden, nn.Linear(args.hidden, 15)).to(args.device)
-    obs = torch.randint(256, (args.samples, 64, 64, 3), dtype=torch.uint8, device=args.device)
+    head = nn.Linear(args.hidden, 15)
+    actor = rat_procgen.Actor((64, 64, 3), args.channels, args.hidden, head).to(args.device)
+    shape = (args.samples, 64, 64, 3)
+    obs = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
     actions = torch.randint(15, (args.samples,), device=args.device)
-    batch = (obs, actions, torch.randn(args.samples, device=args.device), torch.ones(args.samples, device=args.device))
-    memory = [torch.zeros_like(p) for p in actor.parameters()]
+    y = torch.randn(args.samples, device=args.device)
+    ratio = torch.ones_like(y)
+    previous = [torch.zeros_like(p) for p in actor.parameters()]
+    setting = (0.1, previous, method, args.kernel_memory)
 
-    def update() -> None:
-        direction = rat_procgen.rat_direction(actor, *batch, 0.1, memory, method, args.kernel_memory)
+    def update():
+        direction = rat_procgen.rat_direction(actor, obs, actions, y, ratio, *setting)
         with torch.no_grad():
-            torch._foreach_add_(list(actor.parameters()), direction, alpha=1e-6)
+            for p, d in zip(actor.parameters(), direction):
+                p.add_(d, alpha=1e-6)
         if args.device == "cuda":
             torch.cuda.synchronize()
 
     return update
 
 
-def peak_memory(method: str, args: Args) -> float:
+def peak_memory(method, args):
     """MB of one update, to be called in a process of its own, so that nothing is reused."""
-    make_update(method, Args(samples=8, channels=(2, 2, 2), hidden=8, device=args.device))()  # libraries, thread pools
+    make_update(method, replace(args, **TINY))()  # libraries, thread pools
     return peak_of(make_update(method, args), args.device)
 
 
-def main(args: Args) -> None:
-    """Print a Markdown table of medians and peaks."""
-    if args.samples < 1 or args.repeats < 1:
-        sys.exit(f"procgen_speed: --samples {args.samples} and --repeats {args.repeats} must be positive.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("procgen_speed: --device cuda: PyTorch sees no CUDA device here, use --device cpu.")
-    if args.quick:
-        args.samples, args.repeats, args.channels, args.hidden = 16, 2, (2, 2, 2), 8
-    threads = torch.get_num_threads()
-    print(f"B = {args.samples}, {args.device}, {threads} threads, median of {args.repeats} interleaved updates\n")
-    print(f"| one update of IMPALA {'-'.join(map(str, (*args.channels, args.hidden)))} | ms | peak extra MB |")
-    print("|---|---|---|")
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = pool.starmap(peak_memory, [(method, args) for method in METHODS], chunksize=1)
-    updates, times = {method: make_update(method, args) for method in METHODS}, {method: [] for method in METHODS}
+def milliseconds(args):
+    """Of each method, the times of updates that take turns."""
+    updates = {method: make_update(method, args) for method in METHODS}
+    times = {method: [] for method in METHODS}
     for _ in range(args.repeats + 1):
         for method, update in updates.items():
             start = time.perf_counter()
             update()
             times[method].append((time.perf_counter() - start) * 1e3)
-    for method, peak in zip(METHODS, peaks, strict=True):
-        print(f"| {method} | {statistics.median(times[method][1:]):.1f} | {round(peak)} |")
+    return {method: all_times[1:] for method, all_times in times.items()}
+
+
+def main(args: Args):
+    """Print a Markdown table of medians and peaks."""
+    if args.samples < 1 or args.repeats < 1:
+        sys.exit(
+            f"procgen_speed: --samples {args.samples} and --repeats {args.repeats} "
+            "must be positive."
+        )
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("procgen_speed: --device cuda: PyTorch sees no CUDA device, use --device cpu.")
+    if args.quick:
+        args = replace(args, repeats=2, **TINY)
+    threads = torch.get_num_threads()
+    sizes = "-".join(map(str, (*args.channels, args.hidden)))
+    print(f"B = {args.samples}, {args.device}, {threads} threads, median of {args.repeats}\n")
+    print(f"| one update of IMPALA {sizes} | ms | peak extra MB |")
+    print("|---|---|---|")
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        problems = [(method, args) for method in METHODS]
+        peaks = pool.starmap(peak_memory, problems, chunksize=1)
+    for (method, times), peak in zip(milliseconds(args).items(), peaks):
+        print(f"| {method} | {statistics.median(times):.1f} | {round(peak)} |")
 
 
 if __name__ == "__main__":

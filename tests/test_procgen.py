@@ -1,327 +1,579 @@
-"""rat_procgen: convolution taps against float64 per-sample gradients, the adapter against the raw package, runs."""
+"""rat_procgen: convolutions against float64 scores, the adapter against the raw package, runs."""
 
-import importlib
+import copy
 import json
-import os
-import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, environment, flat, read_csv, same, score_matrix, train
+from conftest import ROOT, checkpoint, environment, flat, read_csv, run, same, score_matrix, train
 from torch import nn
 from torch.distributions import Categorical
 
-import enjoy
 import rat_procgen as rat
 
 if sys.version_info >= (3, 13):
     pytest.skip("Procgen has no wheel for this Python", allow_module_level=True)
-TINY = ["--channels", 2, 2, 2, "--hidden", 8, "--num-envs", 4, "--num-steps", 16, "--num-minibatches", 2,
-        "--critic-minibatches", 2, "--update-epochs", 1, "--critic-epochs", 1, "--eval-levels", 0,
-        "--device", "cpu"]  # fmt: skip
+TINY = ["--channels", 2, 2, 2, "--hidden", 8, "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
+TINY += ["--num-minibatches", 2, "--critic-minibatches", 2, "--update-epochs", 1]
+TINY += ["--critic-epochs", 1, "--eval-levels", 0]  # 64-step iterations
+LEVELS = {"num_envs": 4, "env_id": "fruitbot", "num_levels": 5, "start_level": 3}
 
 
 def relative(x, reference):
     return ((x.double() - reference).norm() / reference.norm()).item()
 
 
-class Strided(nn.Module):
-    """Strides, paddings and kernels that are not square, a residual sum, a convolution without bias."""
+def tiny_agent():
+    torch.manual_seed(0)
+    spaces = rat.Procgen.single_observation_space, rat.Procgen.single_action_space
+    return rat.Agent(*spaces, channels=(2, 2, 2), hidden=8)
 
-    def __init__(self):
+
+def raw_games(seed, **levels):
+    """The package without the adapter."""
+    from procgen import ProcgenGym3Env
+
+    return ProcgenGym3Env(4, "fruitbot", distribution_mode="easy", rand_seed=seed, **levels)
+
+
+# ---- The core --------------------------------------------------------------------------------
+
+
+class Strided(nn.Module):
+    """Strides, paddings and kernels that are not square, a sum, a convolution without bias."""
+
+    def __init__(self, **setting):
         super().__init__()
         self.first = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(0, 1))
-        self.inner, self.pool = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.MaxPool2d(3, 2, 1)
+        self.inner = nn.Conv2d(4, 4, 3, **{"padding": 1, "bias": False, **setting})
+        self.pool = nn.MaxPool2d(3, 2, 1)
         self.head = nn.Linear(4 * 4 * 4, 5)
 
     def forward(self, obs):
         x = self.first(obs.permute(0, 3, 1, 2) / 255)  # [B, 4, 7, 8]
         x = self.pool(x + self.inner(x.relu()))
-        return Categorical(logits=self.head(x.flatten(1)), validate_args=False)
+        return Categorical(logits=self.head(x.flatten(1)))
+
+
+class Overwritten(Strided):
+    """A convolution whose output an activation overwrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(self.inner, nn.ReLU(inplace=True))
+
+
+class OneRow(Strided):
+    """A layer that sees one row for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.register_forward_pre_hook(lambda _, inputs: inputs[0][:1])
+
+
+class Frozen(Strided):
+    """A convolution that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first.requires_grad_(False)
 
 
 def impala():
     return rat.Actor((16, 8, 3), (2, 3, 4), 8, nn.Linear(8, 5))
 
 
-def problem(policy, samples=60):
-    """A block with a fifth of the weights zero, previous g, and H [B, p] in float64."""
-    torch.manual_seed(0)
-    actor = policy()
-    with torch.no_grad():
-        for p in actor.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    obs = torch.randint(256, (samples, *((16, 8, 3) if policy is impala else (15, 7, 3))), dtype=torch.uint8)
-    actions, y = torch.randint(5, (samples,)), torch.randn(samples)
-    weights = torch.rand(samples).clamp(min=0.1) * (torch.rand(samples) > 0.2)
-    previous = [0.1 * torch.randn_like(p) for p in actor.parameters()]
-    return actor, obs, actions, y, weights, previous, score_matrix(actor, obs, actions)
+SHAPES = {impala: (16, 8, 3), Strided: (15, 7, 3)}
+
+
+class Problem:
+    """A block of 60 with a fifth of the weights zero, previous g, and H [60, p] in float64."""
+
+    def __init__(self, policy):
+        torch.manual_seed(0)
+        self.actor = policy()
+        for p in self.actor.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        self.obs = torch.randint(256, (60, *SHAPES[policy]), dtype=torch.uint8)
+        self.actions = torch.randint(5, (60,))
+        self.y = torch.randn(60)
+        self.ratio = torch.rand(60).clamp(min=0.1) * (torch.rand(60) > 0.2)
+        self.previous = [0.1 * torch.randn_like(p) for p in self.actor.parameters()]
+        self.scores = score_matrix(self.actor, self.obs, self.actions)
+
+    def direction(self, damping, previous=None, *more):
+        data = (self.obs, self.actions, self.y, self.ratio)
+        return rat.rat_direction(self.actor, *data, damping, previous, *more)
+
+    def minimiser(self, damping, previous):
+        """argmin_g |y - H g|^2_Sigma + damping |g - previous|^2, the p x p way."""
+        weighted = self.scores.T * (self.ratio.double() / (self.ratio > 0).sum())
+        curvature = weighted @ self.scores + damping * torch.eye(self.scores.shape[1]).double()
+        return torch.linalg.solve(curvature, weighted @ self.y.double() + damping * previous)
+
+
+def forward_sizes(actor, monkeypatch):
+    """A list that gets the number of samples of each forward pass."""
+    sizes = []
+    forward = actor.forward
+
+    def recorded(obs):
+        sizes.append(len(obs))
+        return forward(obs)
+
+    monkeypatch.setattr(actor, "forward", recorded)
+    return sizes
+
+
+def bytes_of_a_sample(actor, obs, actions):
+    """What the tape reckons with: scores that it keeps, and all that a chunk takes."""
+    scores, working = rat.tape_chunk(actor, obs[:1], actions[:1])
+    held = sum(s.x.nbytes + s.grad_out.nbytes for s in scores)
+    return held, held + working
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 60])
 @pytest.mark.parametrize("policy", [impala, Strided])
-def test_taps_give_kernel_and_both_products(policy, chunk, monkeypatch):
-    """K, H v and H^T u from the factors alone, whatever the number of samples that fit into memory at once."""
-    actor, obs, actions, _, _, previous, rows = problem(policy)
-    sizes, forward = [], actor.forward
-    monkeypatch.setattr(actor, "forward", lambda x: (sizes.append(len(x)), forward(x))[1])
-    scores = rat.tape_scores(actor, obs, actions, 512)
-    assert sizes == [1, 59]
-    held = sum(t.nbytes for x, g, _ in scores for t in (x, g))
-    layers = [(x.numel(), z.numel()) for x, z in calls_of(actor, obs[:1])]
-    used = 4 * sum(x + 5 * z for x, z in layers)
-    sizes.clear()
-    scores = rat.tape_scores(actor, obs, actions, (held + chunk * used) / 2**20)
-    assert max(sizes) == min(chunk, 59) and sum(sizes) == 60
-    v, u = dict(zip(actor.parameters(), previous, strict=True)), torch.randn(60)
-    kernel, product, transposed = 0, 0, {}
-    for x, g, params in scores:
-        kernel = kernel + (g @ g.T) * (x @ x.T + len(params) - 1)
-        full = torch.cat([(g[:, :, None] * x[:, None]).flatten(1), *([g] if len(params) > 1 else [])], 1)
-        product = product + full @ torch.cat([v[p].flatten() for p in params])
-        transposed |= zip(params, (full.T @ u).split([p.numel() for p in params]), strict=True)
-    assert relative(kernel, rows @ rows.T) < 1e-4
-    assert relative(product, rows @ flat(previous).double()) < 1e-4
-    assert relative(flat([transposed[p] for p in actor.parameters()]), rows.T @ u.double()) < 1e-4
-
-
-def calls_of(actor, obs):
-    calls = []
-    layers = [m for m in actor.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [m.register_forward_hook(lambda m, x, z: calls.append((*x, z))) for m in layers]
-    actor(obs)
-    for hook in hooks:
-        hook.remove()
-    return calls
+def test_tape_gives_kernel_and_both_products(policy, chunk, monkeypatch):
+    """K, H v and H^T u, whatever the number of samples that fit into memory at once."""
+    problem = Problem(policy)
+    actor, scores = problem.actor, problem.scores
+    held, working = bytes_of_a_sample(actor, problem.obs, problem.actions)
+    sizes = forward_sizes(actor, monkeypatch)
+    memory = (60 * held + chunk * working) / 2**20
+    tape = rat.tape_scores(actor, problem.obs, problem.actions, memory)
+    assert sizes == [1, *[chunk] * (60 // chunk), *[60 % chunk] * (60 % chunk > 0)]
+    assert relative(rat.kernel(tape), scores @ scores.T) < 1e-4
+    assert relative(rat.score_norm_sq(tape), scores.square().sum(1)) < 1e-4
+    v = dict(zip(actor.parameters(), problem.previous))
+    assert relative(rat.product(tape, v), scores @ flat(problem.previous).double()) < 1e-4
+    u = torch.randn(60)
+    transposed = rat.transposed_product(tape, u)
+    found = flat([transposed[p] for p in actor.parameters()])
+    assert relative(found, scores.T @ u.double()) < 1e-4
 
 
 @pytest.mark.parametrize("jacobian", ["tape", "vmap"])
 @pytest.mark.parametrize("with_previous", [False, True])
 @pytest.mark.parametrize("damping", [1e-2, 1])
 def test_direction_is_the_proximal_minimiser(damping, with_previous, jacobian):
-    """argmin_g |y - H g|^2_Sigma + damping |g - previous|^2, the p x p way in float64."""
-    actor, obs, actions, y, weights, previous, rows = problem(impala)
-    start = flat(previous).double() * with_previous
-    weighted = rows.T * (weights.double() / (weights > 0).sum())
-    curvature = weighted @ rows + damping * torch.eye(rows.shape[1]).double()
-    expected = torch.linalg.solve(curvature, weighted @ y.double() + damping * start)
-    given = previous if with_previous else None
-    direction = rat.rat_direction(actor, obs, actions, y, weights, damping, given, jacobian)
-    assert [d.shape for d in direction] == [p.shape for p in actor.parameters()]
-    assert relative(flat(direction), expected) < 1e-4
+    problem = Problem(impala)
+    previous = problem.previous if with_previous else None
+    start = flat(problem.previous).double() * with_previous
+    direction = problem.direction(damping, previous, jacobian)
+    assert [d.shape for d in direction] == [p.shape for p in problem.actor.parameters()]
+    assert relative(flat(direction), problem.minimiser(damping, start)) < 1e-4
 
 
-def test_the_tape_refuses_what_it_does_not_know():
+def test_damping_survives_large_scores_and_copies_are_made_a_layer_at_a_time(monkeypatch):
+    """Damping of 1e-7 of the kernel's trace: float32 would round it off."""
+    problem = Problem(impala)
+    trace = (problem.ratio / (problem.ratio > 0).sum()) @ problem.scores.square().sum(1).float()
+    original = rat.kernel
+
+    def lazy(scores):
+        assert not isinstance(scores, list | tuple)
+        return original(scores)
+
+    monkeypatch.setattr(rat, "kernel", lazy)
+    damping = 1e-7 * trace.item()
+    # its solution is ill-conditioned: held by the residual of the problem that it solves
+    found = flat(problem.direction(damping)).double()
+    best = problem.minimiser(damping, 0)
+    sigma = problem.ratio.double() / (problem.ratio > 0).sum()
+
+    def loss(g):
+        misfit = problem.y.double() - problem.scores @ g
+        return (sigma @ misfit.square() + damping * g.square().sum()).item()
+
+    assert loss(found) < 1.01 * loss(best)
+    assert relative(found, best) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("policy", "named"),
+    [
+        (lambda: Strided(groups=2), "inner Conv2d"),
+        (lambda: Strided(dilation=(1, 2), padding=(1, 2)), "inner Conv2d"),
+        (lambda: Strided(padding_mode="circular"), "inner Conv2d"),
+        (Overwritten, r"inner\.0 Conv2d"),
+        (OneRow, "head Linear"),
+        (Frozen, "first Conv2d"),
+    ],
+)
+def test_the_tape_refuses_what_it_does_not_know(policy, named):
+    obs = torch.randint(256, (8, 15, 7, 3), dtype=torch.uint8)
+    with pytest.raises(TypeError, match=f"{named}.*--jacobian vmap"):
+        rat.tape_scores(policy(), obs, torch.zeros(8, dtype=torch.int64))
+
+
+def test_the_tape_knows_padding_by_name():
     torch.manual_seed(0)
+    actor = Strided(padding="same")
     obs, actions = torch.randint(256, (8, 15, 7, 3), dtype=torch.uint8), torch.randint(5, (8,))
-    for setting in (
-        {"groups": 2},
-        {"dilation": (1, 2), "padding": (1, 2)},
-        {"padding_mode": "circular"},
-        {"padding": "same"},
-    ):
-        actor = Strided()
-        actor.inner = nn.Conv2d(4, 4, 3, **{"padding": 1} | setting)
-        with pytest.raises(TypeError, match=r"inner Conv2d.*--jacobian vmap"):
-            rat.tape_scores(actor, obs, actions, 512)
-    actor = Strided()
-    actor.inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True))
-    with pytest.raises(TypeError, match=r"inner.0 Conv2d.*--jacobian vmap"):
-        rat.tape_scores(actor, obs, actions, 512)
-    actor = Strided()
-    actor.head.register_forward_pre_hook(lambda _, inputs: inputs[0][:1])  # one row for all samples
-    with pytest.raises(TypeError, match=r"head Linear.*--jacobian vmap"):
-        rat.tape_scores(actor, obs, actions, 512)
-    with pytest.raises(MemoryError, match="raise --kernel-memory 1, too little for blocks of 30000 samples"):
-        rat.tape_scores(Strided(), obs[:1].expand(30000, -1, -1, -1), actions[:1].expand(30000), 1)
+    scores = score_matrix(actor, obs, actions)
+    assert relative(rat.kernel(rat.tape_scores(actor, obs, actions)), scores @ scores.T) < 1e-4
+
+
+def test_the_tape_refuses_blocks_beyond_its_memory():
+    obs = torch.zeros(30000, 15, 7, 3, dtype=torch.uint8)
+    with pytest.raises(MemoryError, match="--kernel-memory 1: give more"):
+        rat.tape_scores(Strided(), obs, torch.zeros(30000, dtype=torch.int64), 1)
+
+
+def test_without_gradients_a_network_takes_its_images_in_parts(monkeypatch):
+    agent = tiny_agent()
+    obs = torch.randint(256, (3, 400, 64, 64, 3), dtype=torch.uint8)
+    sizes = forward_sizes(agent.policy.body, monkeypatch)
+    whole = agent.policy(obs[0][:50]).logits
+    values = agent.value(obs[0][:50])
+    sizes.clear()
+    with torch.no_grad():
+        logits = agent.policy(obs.flatten(0, 1)).logits
+        assert agent.value(obs).shape == (3, 400)
+    assert sizes == [512, 512, 176]
+    torch.testing.assert_close(logits[:50], whole)
+    torch.testing.assert_close(agent.value(obs[:1, :50])[0], values)
+
+
+# ---- The games -------------------------------------------------------------------------------
+
+
+class Recorder(rat.gym.vector.VectorWrapper):
+    """Keeps the raw rewards; replaces them where there are others to give."""
+
+    def __init__(self, env, replaced=()):
+        super().__init__(env)
+        self.raw = []
+        self.replaced = dict(replaced)
+
+    def step(self, actions):
+        obs, reward, *others = self.env.step(actions)
+        reward = self.replaced.get(len(self.raw), reward)
+        self.raw.append(reward)
+        return obs, reward, *others
+
+
+def wrapped(games, gamma):
+    """As main wraps them: environments to step, and what keeps the statistics of raw rewards."""
+    statistics = rat.gym.wrappers.vector.RecordEpisodeStatistics(games)
+    scaled = rat.gym.wrappers.vector.NormalizeReward(statistics, gamma)
+    return rat.gym.wrappers.vector.ClipReward(scaled, -10, 10), statistics
 
 
 @pytest.fixture(scope="module")
-def rollout():
-    """500 steps of 4 environments in two rollouts by a fixed policy, and what the raw package gave for its actions."""
-    from procgen import ProcgenGym3Env
-
-    args = rat.Args(num_envs=4, env_id="fruitbot", num_levels=5, start_level=3)
-    torch.manual_seed(0)
-    agent = rat.Agent(rat.Procgen.single_observation_space, rat.Procgen.single_action_space, (2, 2, 2), 8)
-    collector = rat.Collector(rat.Procgen(args, seed=11), gamma=0.9)
-    parts = [collector.collect(agent, n, torch.device("cpu")) for n in (300, 200)]
-    actions = torch.cat([part[1] for part in parts]).numpy()
-    raw = ProcgenGym3Env(4, "fruitbot", distribution_mode="easy", num_levels=5, start_level=3, rand_seed=11)
-    seen = [raw.observe()]
-    for action in actions:
-        raw.act(action)
-        seen.append(raw.observe())
-    return collector, parts, seen
+def played():
+    """400 steps of 4 games by a fixed policy, and what the raw package gives for its actions."""
+    agent = tiny_agent()
+    envs, statistics = wrapped(rat.Procgen(rat.Args(**LEVELS), seed=11), gamma=0.9)
+    obs = torch.tensor(envs.reset()[0])
+    rollout = rat.collect(envs, agent, obs, 400)
+    games = raw_games(11, num_levels=5, start_level=3)
+    seen = [games.observe()]
+    for action in rollout.actions.numpy():
+        games.act(action)
+        seen.append(games.observe())
+    return rollout, statistics, seen
 
 
-def test_adapter_gives_what_the_raw_package_gives(rollout):
-    collector, parts, seen = rollout
-    obs = torch.cat([parts[0][0][:-1], parts[1][0]])
-    assert obs.dtype == torch.uint8 and obs.shape == (501, 4, 64, 64, 3)
-    assert all(np.array_equal(mine, raw["rgb"]) for mine, (_, raw, _) in zip(obs.numpy(), seen, strict=True))
-    first = np.array([f for _, _, f in seen])
-    assert first[0].all() and first[1:].sum() > 4  # the first observation after an end is an episode's first
-    np.testing.assert_array_equal(torch.cat([part[3] for part in parts]).numpy(), first[1:])
-    episodes, running = [], np.zeros((4, 2))
+def test_adapter_gives_what_the_raw_package_gives(played):
+    rollout, statistics, seen = played
+    assert rollout.obs.dtype == torch.uint8
+    assert rollout.obs.shape == (401, 4, 64, 64, 3)
+    for mine, (_, raw, _) in zip(rollout.obs.numpy(), seen, strict=True):
+        np.testing.assert_array_equal(mine, raw["rgb"])
+    first = np.array([first for _, _, first in seen])
+    assert first[0].all()
+    assert first[1:].sum() > 4
+    np.testing.assert_array_equal(rollout.terminated, first[1:])
+    np.testing.assert_array_equal(rollout.done, first[1:])
+    episodes = []
+    returns, lengths = np.zeros(4), np.zeros(4)
     for reward, _, ends in seen[1:]:
-        running += np.stack([reward, np.ones(4)], 1)
-        episodes += map(tuple, running[ends].tolist())
-        running[ends] = 0
-    assert len(episodes) > 4 and any(r for r, _ in episodes)
-    np.testing.assert_allclose(np.array(collector.finished), episodes[-100:])
-    np.testing.assert_allclose(collector.running[:2].T, running)
+        returns += reward
+        lengths += 1
+        episodes += zip(returns[ends], lengths[ends])
+        returns[ends] = lengths[ends] = 0
+    assert any(episode_return for episode_return, _ in episodes)
+    found = np.transpose([statistics.return_queue, statistics.length_queue])
+    np.testing.assert_allclose(found, episodes[-100:])
 
 
-def test_rewards_are_in_units_of_the_discounted_returns_deviation(rollout):
-    _, parts, seen = rollout
-    running, history, moments = np.zeros(4), [], []
-    for reward, _, ends in seen[1:]:
-        running = 0.9 * running + reward
-        history.append(running)
-        running = running * ~ends
-    raw = np.array([reward for reward, _, _ in seen[1:]])
-    for part, steps, start in ((parts[0], 300, 0), (parts[1], 500, 300)):
-        expected = np.clip(raw[start:steps] / np.sqrt(np.var(history[:steps]) + 1e-8), -10, 10)
-        np.testing.assert_allclose(part[2].numpy(), expected, rtol=1e-5, atol=1e-6)
-        moments.append(expected.std())
-    assert min(moments) > 0.1
+def test_rewards_are_in_units_of_the_discounted_returns_deviation_so_far(played):
+    rollout, _, seen = played
+    running = np.zeros(4)
+    history = []
+    for step, (reward, _, ends) in enumerate(seen[1:]):
+        history.append(reward + 0.9 * running * ~ends)
+        running = history[-1] * ~ends
+        if step >= 100:  # Gymnasium starts from a variance of 1 with little weight
+            expected = np.clip(reward / np.std(history), -10, 10)
+            np.testing.assert_allclose(rollout.rewards[step], expected, rtol=1e-3, atol=1e-5)
+    assert rollout.rewards[100:].std() > 0.1
 
 
-def test_rewards_are_clipped(monkeypatch):
-    collector = rat.Collector(rat.Procgen(rat.Args(num_envs=4), 1), gamma=0.9)
-    step, agent = (
-        collector.envs.step,
-        rat.Agent(rat.Procgen.single_observation_space, rat.Procgen.single_action_space, (2, 2, 2), 8),
-    )
-    count = iter(range(1000))
-    monkeypatch.setattr(
-        collector.envs,
-        "step",
-        lambda a: ((out := step(a))[0], np.full(4, -1e3 if next(count) == 299 else 0.0, np.float32), *out[2:]),
-    )
-    rewards = collector.collect(agent, 300, torch.device("cpu"))[2]
-    assert rewards.min() == -10
+def test_rewards_are_clipped_and_their_statistics_are_saved(tmp_path, monkeypatch):
+    """A run's rewards with one of -1000, and what its resume starts from."""
+    huge = {27: np.array([-1e3, 0, 0, 0], np.float32)}  # in the second iteration
+    original = rat.Procgen
+    monkeypatch.setattr(rat, "Procgen", lambda *arguments: Recorder(original(*arguments), huge))
+    rollouts = []
+    collect = rat.collect
 
+    def recorded(envs, *arguments):
+        rollouts.append((collect(envs, *arguments), copy.deepcopy(vars(envs.env.return_rms))))
+        return rollouts[-1][0]
 
-def test_a_run_its_resume_and_its_play(tmp_path, capsys):
-    arguments = [*TINY, "--total-timesteps", 128, "--output-dir", tmp_path, "--run-name", "a"]
-    evaluated = [*arguments, "--eval-levels", 50, "--eval-interval", 2]
-    train("rat_procgen", *evaluated)
-    path = tmp_path / "a" / "checkpoint.pt"
-    before = torch.load(path, weights_only=True)
-    assert [int(row["global_step"]) for row in read_csv(tmp_path / "a")] == [64, 128]
-    assert {"kl", "entropy", "episodic_return", "eval_return", "value_loss"} <= set(read_csv(tmp_path / "a")[0])
-    torch.manual_seed(99)
-    train("rat_procgen", *evaluated, "--resume")  # nothing left to do: the state stays
-    after = torch.load(path, weights_only=True)
-    for key in before.keys() - {"args", "wall_seconds"}:
-        assert same(before[key], after[key]), key
-    assert before["moments"][0] == 128 and before["eval_return"] == float(read_csv(tmp_path / "a")[1]["eval_return"])
-    train("rat_procgen", *evaluated, "--resume", "--total-timesteps", 192)
-    state = torch.load(path, weights_only=True)
-    assert state["global_step"] == 192 and state["moments"][0] == 192
-    assert [int(row["global_step"]) for row in read_csv(tmp_path / "a")] == [64, 128, 192]
-    capsys.readouterr()
-    video = tmp_path / "a.mp4"
-    enjoy.main(enjoy.Args(path, episodes=2, stochastic=True, json=True, video=video))
-    played = json.loads(capsys.readouterr().out)
-    assert played["env_id"] == "starpilot" and min(played["lengths"]) > 10 and video.stat().st_size > 1000
-
-
-def test_a_rollouts_blocks_are_kaczmarz_steps(tmp_path, monkeypatch):
-    """Every block starts from the g before it, the first from zero; the policy moves by eta min(1, nu / |g|) g."""
-    original, steps = rat.rat_direction, []
-
-    def recorded(actor, *arguments):
-        steps.append((flat(actor.parameters()), arguments, original(actor, *arguments)))
-        return steps[-1][-1]
-
-    monkeypatch.setattr(rat, "rat_direction", recorded)
-    train("rat_procgen", *TINY, "--num-steps", 64, "--total-timesteps", 512, "--learning-rate", 0.3, "--update-epochs",
-          2, "--max-grad-norm", 0.02, "--output-dir", tmp_path, "--run-name", "x")  # fmt: skip
-    saved = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)["agent"]
-    after = [p for p, _, _ in steps[1:]] + [flat([v for k, v in saved.items() if k.startswith("actor.")])]
-    rates = [float(row["learning_rate"]) for row in read_csv(tmp_path / "x")]
-    assert len(steps) == 2 * 2 * 2
-    for i, (before, (_, _, y, weights, damping, previous, jacobian, memory), direction) in enumerate(steps):
-        assert (damping, jacobian, memory) == (0.1, "tape", 512)
-        assert previous is (None if i % 4 == 0 else steps[i - 1][-1])
-        assert abs(y.mean()) < 1e-5 and abs(y.std(correction=0) - 1) < 1e-3
-        assert ((weights - 1).abs().max() < 1e-4) == (i % 4 == 0)
-        g = flat(direction)
-        scale = min(1, 0.02 / g.norm().item())
-        torch.testing.assert_close(after[i], before + rates[i // 4] * scale * g, rtol=0, atol=1e-6)
-        assert scale < 1 and (after[i] - before).norm() > 1e-4
+    monkeypatch.setattr(rat, "collect", recorded)
+    arguments = [*TINY, "--output-dir", tmp_path, "--run-name", "a", "--total-timesteps"]
+    train("rat_procgen", *arguments, 128)
+    rewards = torch.cat([rollout.rewards for rollout, _ in rollouts])
+    assert rewards.min() == -10  # 1000 over the deviation of one in 112 would be -10.6
+    assert checkpoint(tmp_path / "a")["reward_statistics"] == rollouts[1][1]
+    assert rollouts[1][1]["count"] == pytest.approx(128, abs=1e-3)
+    train("rat_procgen", *arguments, 192, "--resume")
+    assert checkpoint(tmp_path / "a")["reward_statistics"]["count"] == pytest.approx(192, abs=1e-3)
 
 
 def test_evaluation_is_the_first_episode_of_each_environment_to_its_end(monkeypatch):
-    from procgen import ProcgenGym3Env
+    args = rat.Args(**LEVELS, eval_levels=2, device="cpu")
+    agent = tiny_agent()
+    actions = []
+    act = agent.act
 
-    args = rat.Args(num_envs=4, env_id="fruitbot", num_levels=5, start_level=3, eval_levels=2)
-    torch.manual_seed(0)
-    agent = rat.Agent(rat.Procgen.single_observation_space, rat.Procgen.single_action_space, (2, 2, 2), 8)
-    actions, act, state = [], agent.act, torch.get_rng_state()
-    monkeypatch.setattr(agent, "act", lambda obs: (actions.append(act(obs)[1]), actions[-1:] * 2)[1])
-    score = rat.evaluate(args, agent, 11, torch.device("cpu"))
-    assert torch.equal(torch.get_rng_state(), state)
-    raw = ProcgenGym3Env(4, "fruitbot", distribution_mode="easy", num_levels=2, start_level=8, rand_seed=11)
+    def recorded(obs):
+        actions.append(act(obs)[1])
+        return actions[-1], actions[-1]
+
+    monkeypatch.setattr(agent, "act", recorded)
+    score = rat.evaluate(args, agent, 11)
+    games = raw_games(11, num_levels=2, start_level=8)
     returns, ended = np.zeros(4), np.zeros(4, bool)
     for action in actions:
         assert not ended.all()
-        raw.act(action.numpy())
-        reward, _, first = raw.observe()
+        games.act(action.numpy())
+        reward, _, first = games.observe()
         returns += np.where(ended, 0, reward)
         ended |= first
-    assert ended.all() and returns.any()
+    assert ended.all()
+    assert returns.any()
     assert score == pytest.approx(returns.mean())
 
 
-def test_a_signal_ends_a_run_that_resumes_and_damage_is_named(tmp_path, monkeypatch, capsys):
-    arguments = [*TINY, "--output-dir", tmp_path, "--run-name", "a"]
-    original = rat.gae
-    monkeypatch.setattr(rat, "gae", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), original(*a))[1])
-    path = tmp_path / "a" / "checkpoint.pt"
-    for step in (64, 128):  # stopped, resumed and stopped again
-        with pytest.raises(SystemExit) as stopped:
-            train("rat_procgen", *arguments, "--total-timesteps", 640, *(["--resume"] if step > 64 else []))
-        assert stopped.value.code == 128 + signal.SIGTERM
-        assert torch.load(path, weights_only=True)["global_step"] == step
-    path.write_bytes(path.read_bytes()[:-1000])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train("rat_procgen", *arguments, "--total-timesteps", 640, "--resume")
-    assert stopped.value.code == 2 and "is damaged" in capsys.readouterr().err
-
-
-def test_evaluation_plays_levels_that_training_does_not():
+@pytest.mark.parametrize(("unseen", "levels"), [(False, {7, 8, 9}), (True, {10, 11})])
+def test_evaluation_plays_levels_that_training_does_not(unseen, levels):
     args = rat.Args(num_envs=8, num_levels=3, start_level=7, eval_levels=2)
-    levels = {False: set(), True: set()}
-    for unseen, found in levels.items():
-        envs = rat.Procgen(args, 1, unseen)
-        for _ in range(150):
-            found |= {info["level_seed"] for info in envs.env.get_info()}
-            envs.step(np.random.default_rng(0).integers(15, size=8))
-    assert levels == {False: {7, 8, 9}, True: {10, 11}}
+    envs = rat.Procgen(args, 1, unseen)
+    generator = np.random.default_rng(0)
+    found = set()
+    for _ in range(150):
+        found |= {info["level_seed"] for info in envs.env.get_info()}
+        envs.step(generator.integers(15, size=8))
+    assert found == levels
 
 
-def test_same_seed_same_csv_and_no_notice_from_gym(tmp_path):
+# ---- Runs ------------------------------------------------------------------------------------
+
+GAMMA, LAMBDA, BETA = 0.9, 0.8, 0.99999
+CRITIC_CLIP = 3.0
+
+
+class Recording:
+    """What an iteration of a run hands to its core and its critic; tensors are copies."""
+
+    def __init__(self, agent, rollout):
+        self.agent = agent  # as it stepped the games
+        self.rollout = rollout
+        self.blocks = []  # (agent then, arguments, result) of each rat_direction
+        self.samples = None  # of the critic
+        self.trained = None  # the agent after all updates of its policy
+        self.clips = []  # bounds on the critic's gradients
+
+
+def record(folder, monkeypatch, max_grad_norm):
+    """Train two iterations of two passes with large steps; a Recording each, rows of the CSV."""
+    recordings = []
+    collect, direct, fit = rat.collect, rat.rat_direction, rat.fit_critic
+    clip = nn.utils.clip_grad_norm_
+    agents = []
+
+    def recorded_collect(envs, agent, *arguments):
+        agents[:] = [agent]
+        before = copy.deepcopy(agent)
+        rollout = collect(envs, agent, *arguments)
+        recordings.append(Recording(before, rollout))
+        return rollout
+
+    def recorded_direction(actor, *arguments):
+        before = copy.deepcopy(agents[0])
+        result = direct(actor, *arguments)
+        recordings[-1].blocks.append((before, arguments, result))
+        return result
+
+    def recorded_fit(args, critic, optimizer, samples):
+        recordings[-1].trained = copy.deepcopy(agents[0])
+        recordings[-1].samples = samples
+        return fit(args, critic, optimizer, samples)
+
+    def recorded_clip(parameters, bound):
+        recordings[-1].clips.append(bound)
+        return clip(parameters, bound)
+
+    monkeypatch.setattr(rat, "collect", recorded_collect)
+    monkeypatch.setattr(rat, "rat_direction", recorded_direction)
+    monkeypatch.setattr(rat, "fit_critic", recorded_fit)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", recorded_clip)
+    arguments = [*TINY, "--env-id", "fruitbot", "--num-steps", 64, "--total-timesteps", 512]
+    arguments += ["--update-epochs", 2, "--learning-rate", 0.5, "--gamma", GAMMA]
+    arguments += ["--gae-lambda", LAMBDA, "--kernel-memory", 100]
+    arguments += ["--max-grad-norm", max_grad_norm, "--critic-max-grad-norm", CRITIC_CLIP]
+    train("rat_procgen", *arguments, "--output-dir", folder, "--run-name", "x")
+    return recordings, read_csv(folder / "x")
+
+
+def advantages_of(rollout, values):
+    """Generalised advantage estimation, one environment and one step after the other."""
+    rewards, terminated = rollout.rewards.double().numpy(), rollout.terminated.numpy() > 0
+    result = np.zeros_like(rewards)
+    for env in range(rewards.shape[1]):
+        trace = 0.0
+        for t in reversed(range(len(rewards))):
+            lives = not terminated[t, env]
+            delta = rewards[t, env] + GAMMA * values[t + 1, env] * lives - values[t, env]
+            trace = delta + GAMMA * LAMBDA * trace * lives
+            result[t, env] = trace
+    return result.ravel()
+
+
+def log_probs(agent, obs):
+    """log pi(.|s) [n, 15] by its formula."""
+    with torch.no_grad():
+        logits = agent.policy(obs).logits.double().numpy()
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def test_a_run_hands_its_core_and_critic_what_the_rollout_says(tmp_path, monkeypatch):
+    """y, ratios, returns, PopArt and KL of two iterations, recomputed in NumPy."""
+    recordings, rows = record(tmp_path, monkeypatch, 4.0)
+    moments = np.zeros(3)
+    ratios = []
+    for recording, row in zip(recordings, rows, strict=True):
+        rollout = recording.rollout
+        assert rollout.terminated.any()
+        with torch.no_grad():
+            values = recording.agent.value(rollout.obs).double().numpy()
+        advantages = advantages_of(rollout, values)
+        returns = advantages + values[:-1].ravel()
+        powers = np.array([1.0, returns.mean(), (returns**2).mean()])
+        moments = BETA * moments + (1 - BETA) * powers
+        mean, square = moments[1:] / moments[0]
+        std = np.sqrt(square - mean**2)
+        obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten()
+        taken = np.arange(256), actions.numpy()
+        old = log_probs(recording.agent, obs)
+
+        samples = recording.samples
+        assert torch.equal(samples.obs, obs)
+        assert torch.equal(samples.actions, actions)
+        np.testing.assert_allclose(samples.returns, (returns - mean) / std, rtol=1e-3, atol=1e-4)
+        assert recording.clips == [CRITIC_CLIP] * 2
+
+        places = {(o.numpy().tobytes(), int(a)): i for i, (o, a) in enumerate(zip(obs, actions))}
+        assert len(places) == 256
+        seen = []
+        for before, (images, played, y, ratio, *setting), _ in recording.blocks:
+            block = [places[o.numpy().tobytes(), int(a)] for o, a in zip(images, played)]
+            seen += block
+            wanted = advantages[block] - advantages[block].mean()
+            np.testing.assert_allclose(y, wanted / wanted.std(), rtol=1e-3, atol=1e-3)
+            moved = np.exp(log_probs(before, obs)[taken] - old[taken])[block]
+            np.testing.assert_allclose(ratio, moved.clip(0.1, 10), rtol=1e-3)
+            ratios += list(moved)
+            assert (setting[0], setting[2], setting[3]) == (0.1, "tape", 100)
+        assert sorted(seen) == sorted(2 * list(range(256)))
+
+        new = log_probs(recording.trained, obs)
+        kl = (np.exp(old) * (old - new)).sum(1).mean()
+        np.testing.assert_allclose(float(row["kl"]), kl, rtol=1e-3)
+        entropy = -(np.exp(new) * new).sum(1).mean()
+        np.testing.assert_allclose(float(row["entropy"]), entropy, rtol=1e-4)
+        explained = 1 - advantages.var() / returns.var()
+        np.testing.assert_allclose(float(row["explained_variance"]), explained, rtol=2e-2)
+        rms = advantages.std()
+        np.testing.assert_allclose(float(row["advantage_rms"]), rms, rtol=1e-3)
+    assert max(ratios) > 2.5
+    assert min(ratios) < 0.4
+
+
+def test_a_rollouts_blocks_are_kaczmarz_steps(tmp_path, monkeypatch):
+    """A block starts from the g before it, a rollout from zero; steps are eta min(1, nu/|g|) g."""
+    recordings, rows = record(tmp_path, monkeypatch, 0.3)
+    scales = []
+    for recording, row in zip(recordings, rows, strict=True):
+        assert len(recording.blocks) == 4
+        policies = [before.policy for before, *_ in recording.blocks] + [recording.trained.policy]
+        last = None
+        for i, (_, (*_, previous, _, _), direction) in enumerate(recording.blocks):
+            assert previous is last
+            last = direction
+            g = flat(direction)
+            scales.append(min(1, 0.3 / g.norm().item()))
+            step = float(row["learning_rate"]) * scales[-1] * g
+            before, after = (flat(policy.parameters()) for policy in policies[i : i + 2])
+            torch.testing.assert_close(after, before + step, rtol=0, atol=1e-5)
+    assert min(scales) < 1
+
+
+def test_a_run_its_resume_and_its_play(tmp_path):
+    arguments = [*TINY, "--output-dir", tmp_path, "--run-name", "a", "--total-timesteps", 128]
+    evaluated = [*arguments, "--eval-levels", 50, "--eval-interval", 2]
+    train("rat_procgen", *evaluated)
+    folder = tmp_path / "a"
+    before = checkpoint(folder)
+    rows = read_csv(folder)
+    assert [int(row["global_step"]) for row in rows] == [64, 128]
+    wanted = {"kl", "entropy", "episodic_return", "eval_return", "value_loss", "direction_norm"}
+    assert wanted <= set(rows[0])
+    assert before["eval_return"] == float(rows[1]["eval_return"])
+    train("rat_procgen", *evaluated, "--resume")  # nothing left to do: the state stays
+    after = checkpoint(folder)
+    for key in before.keys() - {"args", "wall_seconds"}:
+        assert same(before[key], after[key]), key
+    resume = ["--resume", "--output-dir", tmp_path, "--run-name", "a"]  # the rest as it was
+    train("rat_procgen", *resume, "--total-timesteps", 192)
+    assert checkpoint(folder)["global_step"] == 192
+    assert [int(row["global_step"]) for row in read_csv(folder)] == [64, 128, 192]
+    video = tmp_path / "a.mp4"
+    words = [sys.executable, ROOT / "enjoy.py", folder / "checkpoint.pt", "--episodes", 2]
+    words += ["--stochastic", "--json", "--video", video]
+    played = subprocess.run(
+        list(map(str, words)), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert played.returncode == 0, played.stderr
+    assert json.loads(played.stdout)["env_id"] == "starpilot"
+    assert min(json.loads(played.stdout)["lengths"]) > 10
+    assert video.stat().st_size > 1000
+
+
+def test_same_seed_same_csv(tmp_path):
     rows = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(
-            "rat_procgen", *TINY, "--total-timesteps", 64, "--seed", seed, "--output-dir", tmp_path, "--run-name", name
-        )
+        where = ["--output-dir", tmp_path, "--run-name", name]
+        train("rat_procgen", *TINY, "--total-timesteps", 64, "--seed", seed, *where)
         rows.append([{**row, "sps": 0, "wall_seconds": 0} for row in read_csv(tmp_path / name)])
     assert rows[0] == rows[1] != rows[2]
-    arguments = [*TINY, "--total-timesteps", 64, "--output-dir", tmp_path, "--run-name", "d"]
-    result = subprocess.run(
-        command("rat_procgen", *arguments), env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0 and result.stdout.count("\n") == 1
-    assert all(line.startswith("step ") for line in result.stderr.splitlines()), result.stderr
+
+
+def test_a_run_prints_nothing_but_its_own(tmp_path):
+    """gym, which Procgen imports, would say that it is unmaintained."""
+    result = run("rat_procgen", *TINY, "--total-timesteps", 64, "--output-dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert result.returncode == 0
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == f"starpilot: tensorboard --logdir {folder}\n"
 
 
 BAD = {
@@ -329,14 +581,10 @@ BAD = {
     "gymnasium's name": (["--env-id", "procgen-starpilot-v0"], "--env-id procgen-starpilot-v0"),
     "negative level": (["--start-level", "-1"], "--start-level -1"),
     "negative levels": (["--num-levels", "-1"], "--num-levels -1"),
-    "levels beyond the last": (["--start-level", 2**31 - 100, "--num-levels", 200], "--start-level 2147483548"),
-    "unseen beyond the last": (["--start-level", 2**31 - 300, "--eval-levels", 200], "--start-level 2147483348"),
     "nothing unseen": (["--num-levels", 0, "--eval-levels", 10], "--num-levels 0"),
-    "nothing first": (["--num-levels", 0, "--start-level", 5], "--num-levels 0"),
-    "no channels": (["--channels", 2, 0, 2], "--channels 0"),
     "no hidden": (["--hidden", 0], "--hidden 0"),
     "no memory": (["--kernel-memory", 0], "--kernel-memory 0"),
-    "indivisible": (["--num-minibatches", 3], "--num-minibatches 3"),
+    "too many blocks": (["--num-minibatches", 17], "--num-minibatches 17"),
     "gamma above 1": (["--gamma", 1.1], "--gamma 1.1"),
 }
 
@@ -344,27 +592,46 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_and_writes_nothing(case, tmp_path, capsys):
     arguments, named = BAD[case]
-    capsys.readouterr()
+    where = ["--total-timesteps", 64, "--output-dir", tmp_path / "runs"]
     with pytest.raises(SystemExit) as stopped:
-        train("rat_procgen", *TINY, "--total-timesteps", 64, "--output-dir", tmp_path / "runs", *arguments)
+        train("rat_procgen", *TINY, *where, *arguments)
     output = capsys.readouterr()
-    assert (stopped.value.code, output.out, output.err.count("\n")) == (2, "", 1)
-    assert output.err.startswith("rat_procgen: ") and named in output.err
+    assert (stopped.value.code, output.out) == (2, "")
+    assert named in output.err
+    assert "Traceback" not in output.err
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_network_that_the_tape_refuses_leaves_no_run_folder(tmp_path, monkeypatch, capsys):
+    original = rat.conv
+    monkeypatch.setattr(rat, "conv", lambda a, b: nn.Sequential(original(a, b), nn.GroupNorm(1, b)))
+    where = ["--total-timesteps", 64, "--output-dir", tmp_path / "runs"]
+    with pytest.raises(SystemExit) as stopped:
+        train("rat_procgen", *TINY, *where)
+    assert stopped.value.code == 2
+    assert "GroupNorm" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    train("rat_procgen", *TINY, *where, "--jacobian", "vmap")
+
+
 def test_python_without_procgen(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "procgen.env", None)  # importing it fails as if there were none
+    monkeypatch.setitem(sys.modules, "procgen.env", None)  # as if there were none
     with pytest.raises(SystemExit) as stopped:
         train("rat_procgen", *TINY, "--total-timesteps", 64, "--output-dir", tmp_path / "runs")
     sentence = capsys.readouterr().err
-    assert stopped.value.code == 2 and sentence.count("\n") == 1 and "Python 3.11 or 3.12" in sentence
+    assert stopped.value.code == 2
+    assert sentence.count("\n") == 1
+    assert "Python 3.11 or 3.12" in sentence
 
 
 def test_benchmark_prints_every_row():
-    program = importlib.util.spec_from_file_location("procgen_speed", ROOT / "benchmark" / "procgen_speed.py")
+    program = str(ROOT / "benchmark" / "procgen_speed.py")
     result = subprocess.run(
-        [sys.executable, program.origin, "--quick"], env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, program, "--quick"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert [line.split(" ")[1] for line in result.stdout.splitlines()[-2:]] == ["tape", "vmap"]
+    assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["tape", "vmap"]
