@@ -657,7 +657,8 @@ def solve(scores, rhs, ratio, damping):
     Raises FloatingPointError where the solution is not finite."""
     sigma = ratio / ratio.count_nonzero().clamp(min=1)
     if 6e-8 * (sigma @ score_norm_sq(scores)) > 0.01 * damping:  # float32 would round damping off
-        scores = [s._replace(x=s.x.double(), grad_out=s.grad_out.double()) for s in scores]
+        # one layer after the other: a generator, as copies of all could exceed --kernel-memory
+        scores = (s._replace(x=s.x.double(), grad_out=s.grad_out.double()) for s in scores)
     sqrt_sigma = sigma.sqrt()  # S, [B]
     damped_kernel = sqrt_sigma[:, None] * kernel(scores) * sqrt_sigma  # S H H^T S, [B, B]
     damped_kernel.diagonal().add_(damping)

@@ -33,7 +33,6 @@ DIFFERS = {
         "gather_samples": "as Rollout and Samples",
         "tape_scores": "a chunk of samples at a time, of convolutions too",
         "check_tape": "takes convolutions",
-        "solve": "float64 copies one layer at a time: those of convolutions are large",
         "rat_direction": "the tape has a limit on its memory",
         "kaczmarz_direction": "as rat_direction, and has one rule",
     },
