@@ -349,17 +349,20 @@ def test_evaluation_is_the_first_episode_of_each_environment_to_its_end(monkeypa
         return actions[-1], actions[-1]
 
     monkeypatch.setattr(agent, "act", recorded)
-    score = rat.evaluate(args, agent, 11)
-    games = raw_games(11, num_levels=2, start_level=8)
+    score = rat.evaluate(args, agent, 13)
+    games = raw_games(13, num_levels=2, start_level=8)
     returns, ended = np.zeros(4), np.zeros(4, bool)
+    later = 0.0  # rewards of second episodes
     for action in actions:
         assert not ended.all()
         games.act(action.numpy())
         reward, _, first = games.observe()
         returns += np.where(ended, 0, reward)
+        later += np.abs(reward[ended]).sum()
         ended |= first
     assert ended.all()
     assert returns.any()
+    assert later > 0
     assert score == pytest.approx(returns.mean())
 
 
