@@ -30,6 +30,7 @@ Run: python acktr.py --env-id HalfCheetah-v5. Equation numbers: docs/algorithm.m
 import json
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -54,14 +55,16 @@ try:
 except ImportError:  # Windows: run folders are not locked there
     fcntl = None
 
-ALGORITHM = "acktr"
+ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the step
 
 
 @dataclass
 class Args:
+    """ACKTR: natural policy gradient by K-FAC or EK-FAC."""
+
     env_id: str = "HalfCheetah-v5"  # Gymnasium id: flat Box observations, bounded Box actions
-    total_timesteps: int = 1_000_000  # environment steps of the run, all environments together
+    total_timesteps: int = 1_000_000  # environment steps of all environments, in whole rollouts
     num_envs: int = 32  # environments stepped side by side
     num_steps: int = 64  # steps of each environment in one rollout
     vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
@@ -81,7 +84,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
     seed: int = 1  # of networks, sampling and environments
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
-    run_name: str = ""  # folder below output_dir; default {env_id}__acktr__{seed}__{time}
+    run_name: str = ""  # folder below output_dir; default {env_id}__{script}__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
     resume: bool = False  # continue run_name: what is not given is as that run had it
 
@@ -131,8 +134,8 @@ def check_spaces(env_id, obs_space, act_space):
     for space in (obs_space, act_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(
-                f"--env-id {env_id} has {space}, not a flat Box: wrap it in FlattenObservation, "
-                "or use rat_shared.py where actions are Discrete."
+                f"--env-id {env_id} has {space}, not a flat Box: use rat_shared.py for Discrete "
+                "actions, wrap observations in FlattenObservation."
             )
     low, high = torch.tensor(act_space.low), torch.tensor(act_space.high)
     bounds = torch.stack([low, high, high - low])
@@ -273,15 +276,21 @@ def check_args(args, may_be_zero=("seed", "resume")):
         flag = f"--{name.replace('_', '-')} {value}"
         number = isinstance(value, int | float)
         if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
-            raise ValueError(f"{flag} must be positive and below 2^31.")
+            raise ValueError(
+                f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
+            )
         if name in ("gamma", "gae_lambda") and value > 1:
             raise ValueError(f"{flag} must lie in (0, 1].")
         if name.endswith("minibatches") and value > blocks:
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
     if args.num_steps < 2:
         raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
-    name = f"{args.env_id}__{ALGORITHM}__{args.seed}__{time.time():.3f}"
-    args.run_name = args.run_name or name.replace("/", "_")
+    if args.resume and not args.run_name:
+        raise ValueError("--resume needs --run-name, the name of a folder in --output-dir.")
+    args.run_name = args.run_name or (
+        f"{args.env_id.replace('/', '_').replace(':', '_')}__{ALGORITHM}__{args.seed}"
+        f"__{time.time():.3f}"
+    )
 
 
 def check_finite(what, value):
@@ -397,9 +406,9 @@ def fit_critic(args, critic, optimizer, samples):
 
 
 def adapt_learning_rate(learning_rate, kl, low, largest):
-    """The next rollout's step size: keeps the KL divergence of a rollout in [low, 4 low]."""
+    """The next rollout's step size: keeps the KL of a rollout in [low, 4 low]; at least 1e-4."""
     if kl > 4 * low:
-        return max(learning_rate / 1.5, 1e-4)
+        return max(learning_rate / 1.5, min(learning_rate, 1e-4))
     if kl < low:
         return min(learning_rate * 1.5, largest)
     return learning_rate
@@ -465,9 +474,9 @@ def load_checkpoint(args):
 
 def check_resumed(args, saved):
     """Refuse arguments that would make it another run, all at once."""
-    may_change = ("total_timesteps", "vectorization", "device", "run_name", "output_dir", "resume")
+    may_change = "total_timesteps vectorization device run_name output_dir resume kernel_memory"
     theirs = vars(saved["args"])
-    changed = [n for n, v in vars(args).items() if n not in may_change and v != theirs[n]]
+    changed = [n for n, v in vars(args).items() if n not in may_change.split() and v != theirs[n]]
     if changed:
         values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
         fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
@@ -550,11 +559,11 @@ def one_sentence(args):
     def end(sentence, code):
         if (run_folder(args) / "checkpoint.pt").exists():
             fail(
-                f"{sentence}; continue with --resume --run-name {args.run_name} "
-                f"--output-dir {args.output_dir}.",
+                f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
+                f"--output-dir {shlex.quote(args.output_dir)}",
                 code,
             )
-        fail(f"{sentence}.")
+        fail(sentence, max(code, 2))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
@@ -767,7 +776,10 @@ def main(args: Args):
     kfac.scores(sampled_log_likelihood(*actor(agent.normalizer(obs))))
     logger = Logger(args, global_step, saved.get("csv_size", 0))
     task = getattr(envs.spec, "id", args.env_id)  # with the version that was made
-    print(f"{task}: tensorboard --logdir {run_folder(args)}", file=sys.stderr)
+    print(
+        f"{task}, curves: tensorboard --logdir {shlex.quote(str(run_folder(args)))}",
+        file=sys.stderr,
+    )
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -824,10 +836,10 @@ def main(args: Args):
 
     logger.close()
     envs.close()
-    result = np.mean(envs.return_queue or np.nan)
     print(
-        f"{task}: episodic_return {result:.1f} in training, with noise; "
-        f"without: python enjoy.py {run_folder(args) / 'checkpoint.pt'}"
+        f"{task}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, with "
+        f"noise, after {global_step} steps; without noise: python enjoy.py "
+        f"{shlex.quote(str(run_folder(args) / 'checkpoint.pt'))}"
     )
 
 

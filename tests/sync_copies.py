@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"enjoy", "rat_gaussian"}  # these do not train
-SCRIPTS = sorted({path.stem for path in ROOT.glob("*.py")} - PROGRAMS)
 OWN = {"Args", "main", "ALGORITHM"}  # of every script
 # Names whose source is one script's own, and why.
 DIFFERS = {
@@ -46,6 +44,7 @@ DIFFERS = {
         "Agent": "with --shared its critic is on the actor's trunk",
     },
 }
+SCRIPTS = sorted(DIFFERS)  # a fork beside them is left alone
 
 
 def spans(source):

@@ -290,10 +290,10 @@ class Frozen(Normed):
     [
         (Normed, "LayerNorm"),
         (Overwritten, "net.0.*overwritten"),
-        (Tied, "net.0.*own"),
+        (Tied, "net.0.*shared"),
         (Twice, "net.0.*once"),
         (OneRow, "offset.*once"),
-        (Frozen, "trained Linear"),
+        (Frozen, "frozen"),
     ],
 )
 def test_the_tape_refuses_what_it_does_not_know_and_vmap_takes_it(policy, named):

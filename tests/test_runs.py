@@ -120,7 +120,7 @@ def test_run_folder_and_clean_output(script, tmp_path):
     assert set(map(tuple, tags.values())) == {tuple(range(64, 641, 64))}
     assert result.stdout.count("\n") == 1
     assert "episodic_return" in result.stdout
-    assert result.stderr == f"InvertedPendulum-v5: tensorboard --logdir {folder}\n"
+    assert result.stderr == f"InvertedPendulum-v5, curves: tensorboard --logdir {folder}\n"
 
 
 def test_the_version_that_was_made_is_said(tmp_path, capsys):
