@@ -7,7 +7,7 @@
 #   SUITE=paper sbatch --array=0-209 benchmark.sh       SLURM: task N runs line N, the first is 0
 #
 # Finished runs are skipped and interrupted ones resumed, so the same command again does what is
-# left. Variables:
+# left. --help prints this. Variables:
 #   SUITE     quick (default; minutes), mujoco, paper or procgen
 #   SEEDS     "1 2 3"; quick: "1"
 #   WORKERS   processes side by side, one thread each (1)
@@ -36,6 +36,11 @@ fail() {
   echo "benchmark.sh: $*" >&2
   exit 2
 }
+
+if [[ $* == --help || $* == -h ]]; then
+  awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
+  exit
+fi
 
 # The suite, and what the variables change of it
 suite=${SUITE:-quick}
@@ -71,7 +76,7 @@ runs=${RUNS:-runs}
 python=${PYTHON:-python}
 [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "WORKERS=$workers must be a positive integer."
 [[ $# == 0 || $* == --dry-run ]] ||
-  fail "$* is not understood, the only argument is --dry-run, all else is a variable."
+  fail "$* is not understood, the arguments are --dry-run and --help, all else is a variable."
 for method in $methods; do
   [[ -v script[$method] ]] ||
     fail "METHODS: $method is unknown in SUITE=$suite, take some of: $known."

@@ -148,19 +148,23 @@ def check_spaces(env_id, obs_space, act_space):
 
 
 class ObsNormalizer(nn.Module):
-    """Running mean and variance of observations: (o - mean) / sqrt(var + 1e-5), clipped to +-5."""
+    """Running mean and variance of observations: (o - mean) / std, clipped to +-5.
+
+    The variance counts one sample of variance 1 at the mean: what hardly varied in the first
+    rollouts is not blown up."""
 
     def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
+        self.register_buffer("var", torch.zeros(obs_dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, obs):
-        return ((obs - self.mean) / (self.var + 1e-5).sqrt()).clamp(-5, 5).float()
+        std = (self.var + 1 / (self.count + 1) + 1e-5).sqrt()
+        return ((obs - self.mean) / std).clamp(-5, 5).float()
 
     def update(self, obs):
-        """Merge the moments of obs [n, obs_dim] (Chan et al. 1979); the first replace 0 and 1."""
+        """Merge the moments of obs [n, obs_dim] (Chan et al. 1979)."""
         obs = obs.double()
         share = len(obs) / (self.count + len(obs))
         delta = obs.mean(0) - self.mean
@@ -262,8 +266,9 @@ def check_args(args, may_be_zero=("seed", "resume")):
     blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        number = isinstance(value, int | float)
-        if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+        if isinstance(value, int | float) and not (
+            0 < value < 2**31 or (value == 0 and name in may_be_zero)
+        ):
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
@@ -534,8 +539,9 @@ class Logger:
 
     def close(self):
         """Close the files, which ends the lock."""
-        for part in (self.csv, self.events, self.bar):
-            part.close()
+        self.csv.close()
+        self.events.close()
+        self.bar.close()
 
 
 @contextmanager
@@ -544,7 +550,7 @@ def one_sentence(args):
 
     Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
 
-    def end(sentence, code):
+    def end(sentence, code=1):
         if (run_folder(args) / "checkpoint.pt").exists():
             fail(
                 f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
@@ -559,8 +565,7 @@ def one_sentence(args):
         yield
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}, line {place.lineno}"
-        end(f"{type(error).__name__}: {error} ({where})", 1)
+        end(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})")
 
 
 # ---- The algorithm's core: a score, Sherman-Morrison -------------------------------------------

@@ -271,8 +271,9 @@ def check_args(args, may_be_zero=("seed", "resume")):
     blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        number = isinstance(value, int | float)
-        if number and not (0 < value < 2**31 or (value == 0 and name in may_be_zero)):
+        if isinstance(value, int | float) and not (
+            0 < value < 2**31 or (value == 0 and name in may_be_zero)
+        ):
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
@@ -550,8 +551,9 @@ class Logger:
 
     def close(self):
         """Close the files, which ends the lock."""
-        for part in (self.csv, self.events, self.bar):
-            part.close()
+        self.csv.close()
+        self.events.close()
+        self.bar.close()
 
 
 @contextmanager
@@ -560,7 +562,7 @@ def one_sentence(args):
 
     Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
 
-    def end(sentence, code):
+    def end(sentence, code=1):
         if (run_folder(args) / "checkpoint.pt").exists():
             fail(
                 f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
@@ -575,8 +577,7 @@ def one_sentence(args):
         yield
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}, line {place.lineno}"
-        end(f"{type(error).__name__}: {error} ({where})", 1)
+        end(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})")
 
 
 # ---- The algorithm's core: scores, transformed advantages, block Kaczmarz --------------------

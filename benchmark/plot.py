@@ -1,9 +1,11 @@
 """Learning curves, final returns, KL and entropy, interquartile means and profiles of runs.
 
 Run: python benchmark/plot.py --out curves.png --wall-clock time.png --profile profile.png runs
-A run is a folder, or a CSV file that --thin made of it, named ENVIRONMENT__METHOD__SEED; a folder
-of runs stands for all of them. Intervals are 95 % percentile bootstrap intervals over seeds,
-stratified by environment where there are several, as rliable's (Agarwal et al. 2021).
+A run is a folder with config.json and progress.csv, or a CSV file ENVIRONMENT__METHOD__SEED.csv
+that --thin made of it; a folder of runs stands for all of them. A run folder named
+ENVIRONMENT__METHOD__... has this method, any other that of its script. Intervals are 95 %
+percentile bootstrap intervals over seeds, stratified by environment where there are several, as
+rliable's (Agarwal et al. 2021).
 """
 
 import csv
@@ -11,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +24,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.stats import bootstrap, trim_mean
@@ -37,6 +39,7 @@ class Look(NamedTuple):
 
 
 REFERENCE = Path(__file__).parent / "reference"
+PUBLISHED = [REFERENCE / "paper.csv", REFERENCE / "procgen.csv"]
 LOOKS = {  # one colour a method in every picture; tables and legends are in this order
     "rat": Look("RAT", "#000000", "-", "o"),
     "rat_shared": Look("RAT shared", "#d55e00", "--", "s"),
@@ -62,8 +65,7 @@ LOOKS = {  # one colour a method in every picture; tables and legends are in thi
 SPARE_COLORS = ["#17becf", "#e377c2", "#393b79", "#637939"]  # of methods that LOOKS does not name
 SPARE_DASHES = ["-", "--", ":", "-."]
 SPARE_MARKERS = ["d", "8", "1", "2"]
-NEW_NAMES = {"kernel_trace": "score_norm_sq"}  # columns that older files call otherwise
-NEEDED = ["global_step", "episodic_return"]
+NEEDED = ["global_step", "episodic_return", "wall_seconds"]
 KEPT = [  # columns of a thinned run
     *NEEDED,
     "kl",
@@ -76,13 +78,11 @@ KEPT = [  # columns of a thinned run
     "cg_residual",
     "eval_return",
     "learning_rate",
-    "wall_seconds",
 ]
 AXES = {  # of pictures over a column: its unit and what the axis is called
     "global_step": (1e6, "million environment steps"),
     "wall_seconds": (60, "minutes"),
 }
-PICTURES = ["out", "wall_clock", "profile", "speed"]  # the options that name one
 
 
 @dataclass
@@ -97,7 +97,6 @@ class Args:
     every_seed: bool = False  # list the seeds' final returns in the table
     titles: tuple[str, ...] = ()  # of the panels, in their order; default: the environments
     lines: tuple[str, ...] = ()  # draw the published rows with one of these words as lines
-    reference: tuple[Path, ...] = (REFERENCE / "paper.csv", REFERENCE / "procgen.csv")  # published
 
 
 @dataclass
@@ -137,45 +136,62 @@ def fail(sentence: str) -> NoReturn:
 def find_runs(paths: list[Path]) -> list[Path]:
     """The run folders and CSV files that the paths name, themselves or as the folder of them."""
     found = []
-    empty = []
+    skipped = []
     for path in paths:
         if not path.exists():
             fail(f"{path} does not exist: name run folders, CSV files or a folder of them.")
-        if path.is_file() or (path / "progress.csv").exists():
+        if path.is_file() or is_run(path):
             found.append(path)
             continue
         inside = [child for child in path.iterdir() if is_run(child)]
-        if not inside:
-            empty.append(str(path))
+        others = {child for child in path.iterdir() if child.is_dir()} - {*inside, path / "log"}
         found += inside
-    if empty:
-        print(f"No run in {', '.join(empty)}.\n")
+        skipped += others if inside else [path, *others]
+    if skipped:
+        names = ", ".join(map(str, sorted(skipped)))
+        print(f"No run (progress.csv with config.json), left out: {names}.\n")
     return sorted(found)
 
 
 def is_run(path: Path) -> bool:
-    """Whether something found in a folder is named like a run and has its numbers."""
-    has_numbers = path.suffix == ".csv" or (path / "progress.csv").exists()
-    return has_numbers and path.name.count("__") >= 2
+    """A run folder has both files; of the files in a folder, those named like a run are one."""
+    if path.is_dir():
+        return (path / "progress.csv").exists() and (path / "config.json").exists()
+    return path.suffix == ".csv" and path.name.count("__") >= 2
 
 
 def read_run(path: Path) -> Run:
     """A run folder, or a CSV file made of one."""
-    parts = path.name.removesuffix(".csv").split("__")
-    if len(parts) < 3:
-        fail(f"{path} is not named ENVIRONMENT__METHOD__SEED.")
-    file = path / "progress.csv" if path.is_dir() else path
+    name = path.absolute().name.removesuffix(".csv")
+    parts = name.split("__")
     total = 0
+    file = path
+    if path.is_dir():
+        parts, total = read_config(path / "config.json", parts)
+        file = path / "progress.csv"
+    elif len(parts) < 3:
+        fail(f"{path} is not named ENVIRONMENT__METHOD__SEED.csv, rename it.")
     try:
-        if path.is_dir():
-            config = json.loads((path / "config.json").read_text())
-            rollout = config["num_envs"] * config["num_steps"]
-            total = int(config["total_timesteps"]) // rollout * rollout
         columns = read_columns(file)
-        step = int(max(columns["global_step"], default=0))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         fail(f"{file} cannot be read ({error!r}), it must be the progress.csv of a run.")
-    return Run("__".join(parts), *parts[:3], columns, total, step)
+    return Run(name, *parts[:3], columns, total, int(max(columns["global_step"], default=0)))
+
+
+def read_config(file: Path, parts: list[str]) -> tuple[list[str], int]:
+    """Environment, method and seed of a run, and the last step it is to do.
+
+    One script makes several methods, so the method in a folder's name counts, if there is one."""
+    try:
+        config = json.loads(file.read_text())
+        env_id = re.sub("[/:]", "_", config["env_id"])  # as in the names of folders
+        named = len(parts) >= 3 and parts[0].replace(":", "_") == env_id
+        method = parts[1] if named else config["algorithm"]
+        rollout = config["num_envs"] * config["num_steps"]
+        total = int(config["total_timesteps"]) // rollout * rollout
+        return [env_id, method, str(config["seed"])], total
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{file} cannot be read ({error!r}), it must be the config.json of a run.")
 
 
 def read_columns(file: Path) -> dict[str, np.ndarray]:
@@ -185,7 +201,7 @@ def read_columns(file: Path) -> dict[str, np.ndarray]:
     rows = list(csv.DictReader(lines))  # a crash may have torn the last line
     columns = {}
     for name in rows[0] if rows else NEEDED:
-        columns[NEW_NAMES.get(name, name)] = np.array([float(row[name]) for row in rows])
+        columns[name] = np.array([float(row[name]) for row in rows])
     if not set(NEEDED) <= columns.keys():
         raise ValueError(f"no column {' or '.join(NEEDED)}")
     step = columns["global_step"]
@@ -210,10 +226,10 @@ def read_rows(file: Path, texts: list[str], numbers: list[str]) -> list[dict]:
     return rows
 
 
-def read_published(files: tuple[Path, ...]) -> Published:
+def read_published() -> Published:
     """Published results; tasks have no version there."""
     found = defaultdict(dict)
-    for file in files:
+    for file in PUBLISHED:
         for row in read_rows(file, ["env", "source"], ["mean", "error"]):
             found[row["source"]][row["env"]] = row["mean"], row["error"]
     return found
@@ -247,8 +263,8 @@ def refuse_twins(runs: list[Run]) -> None:
     for run in runs:
         key = run.env_id, run.method, run.seed
         if key in seen:
-            twins = f"{seen[key]} and {run.name}"
-            fail(f"{twins} are the same seed of the same method: name one, or rename its folder.")
+            twins = f"{seen[key]} and {run.name} are the same seed of the same method"
+            fail(f"{twins}: name one, or rename one {run.env_id}__ANOTHER__{run.seed}.")
         seen[key] = run.name
 
 
@@ -264,25 +280,26 @@ def estimate_totals(runs: list[Run]) -> None:
 
 def listed(runs: list[Run]) -> str:
     """Names and steps of runs."""
-    return ", ".join(f"{run.name} ({run.step / 1e6:.2f}M steps)" for run in runs)
+    return ", ".join(f"{run.name} ({short(run.step)} steps)" for run in runs)
+
+
+def short(step: float) -> str:
+    """Millions, below 100,000 every digit."""
+    return f"{step / 1e6:.2f}M" if step >= 1e5 else f"{step:,.0f}"
 
 
 def group_runs(runs: list[Run], published: Published) -> Groups:
     """Environments as the published tables have them, methods as LOOKS has, then by name."""
-    tasks = list(dict.fromkeys(name for source in published.values() for name in source))
+    tasks = dict.fromkeys(name for source in published.values() for name in source)
+    place = {name: i for i, name in enumerate(tasks)}
     found = {run.method for run in runs}
     methods = [method for method in LOOKS if method in found] + sorted(found - LOOKS.keys())
     groups = {}
-    for env_id in sorted({run.env_id for run in runs}, key=lambda env_id: env_order(env_id, tasks)):
+    env_ids = sorted({run.env_id for run in runs})
+    for env_id in sorted(env_ids, key=lambda env_id: place.get(task(env_id), len(place))):
         here = [run for run in runs if run.env_id == env_id]
         groups[env_id] = {m: [run for run in here if run.method == m] for m in methods}
     return groups
-
-
-def env_order(env_id: str, tasks: list[str]) -> tuple[int, str]:
-    """Sorts known tasks first, in their order."""
-    known = task(env_id) in tasks
-    return tasks.index(task(env_id)) if known else len(tasks), env_id
 
 
 def task(env_id: str) -> str:
@@ -423,8 +440,10 @@ def print_returns(groups: Groups, finals: dict, published: Published, every_seed
             rows[source] = [with_error(*cell) if cell else "-" for cell in known]
     seeds = "seeds" if every_seed else "number of seeds"
     print_table(f"final return, mean ± standard error ({seeds})", list(groups), rows)
-    print("No error and no band where there is one seed.", end=" ")
-    print("`at`: steps where the shortest run ends, if others go on.\n")
+    if any(len(final.returns) == 1 for final in finals.values()):
+        print("No error and no band where there is one seed.\n")
+    if any(" at " in cell for cells in rows.values() for cell in cells):
+        print("`at`: steps where the shortest run ends, if others go on.\n")
 
 
 def return_cell(final: Final, longest: int, every_seed: bool) -> str:
@@ -432,7 +451,7 @@ def return_cell(final: Final, longest: int, every_seed: bool) -> str:
     count = len(final.returns)
     error = final.returns.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
     seeds = ", ".join(map(number, final.returns)) if every_seed else count
-    at = f" at {final.step / 1e6:.2f}M" if final.step < 0.98 * longest else ""
+    at = f" at {short(final.step)}" if final.step < 0.98 * longest else ""
     return f"{with_error(final.returns.mean(), error)} ({seeds}){at}"
 
 
@@ -463,8 +482,8 @@ def print_middles(groups: Groups, scores: Scores) -> None:
         print(f"Counted, the seeds that every method has: {', '.join(counted)}.")
     missing = [env_id for env_id in groups if env_id not in scores.seeds]
     if missing:
-        print("No interquartile mean, for want of a seed of every method", end=" ")
-        print(f"or a reference: {', '.join(missing)}.")
+        print(f"No interquartile mean for {', '.join(missing)}:", end=" ")
+        print("it needs a published return and a seed that every method has.")
 
 
 # ---- Pictures --------------------------------------------------------------------------------
@@ -472,7 +491,10 @@ def print_middles(groups: Groups, scores: Scores) -> None:
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Write a picture; with a palette a PNG takes a third of the bytes."""
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as error:  # of a format that matplotlib does not know
+        fail(f"{path} cannot be written: {error}.")
     plt.close(figure)
     if path.suffix == ".png":
         picture = Image.open(path).convert("RGB")
@@ -486,8 +508,7 @@ def choose_looks(methods: list[str]) -> dict[str, Look]:
     if len(others) > len(spare):
         fail(f"{len(others)} methods without a look of their own, there are {len(spare)} for such.")
     chosen = {method: LOOKS[method] for method in methods if method in LOOKS}
-    for i, method in enumerate(others):
-        dashes, color = spare[i]
+    for i, (method, (dashes, color)) in enumerate(zip(others, spare, strict=False)):
         chosen[method] = Look(method, color, dashes, SPARE_MARKERS[i % len(SPARE_MARKERS)])
     return chosen
 
@@ -545,17 +566,14 @@ def legend_columns(width: float) -> int:
     return int(width / 2)
 
 
-def legend(figure: plt.Figure, styles: dict[str, dict]) -> None:
+def legend(figure: plt.Figure, looks: dict[str, Look], lines: list[PublishedLine]) -> None:
     """A name for each line style, below the panels."""
-    lines = [plt.Line2D([], [], **style, label=label) for label, style in styles.items()]
-    columns = min(len(lines), legend_columns(figure.get_figwidth()))
+    styles = {look.label: line_style(look) for look in looks.values()}
+    styles |= {line.source: line.style for line in lines}
+    handles = [plt.Line2D([], [], **style, label=label) for label, style in styles.items()]
+    columns = min(len(handles), legend_columns(figure.get_figwidth()))
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 4}
-    figure.legend(handles=lines, **place, frameon=False)
-
-
-def legend_styles(looks: dict[str, Look]) -> dict[str, dict]:
-    """Names and line styles of methods."""
-    return {look.label: line_style(look) for look in looks.values()}
+    figure.legend(handles=handles, **place, frameon=False)
 
 
 def draw_panel(
@@ -564,10 +582,9 @@ def draw_panel(
     """A method's mean and band over seeds, up to where its shortest run ends."""
     unit, _ = AXES[by]
     for place, (method, look) in enumerate(looks.items()):
-        runs = [run for run in group[method] if by in run.columns]
-        if not runs:
+        if not group[method]:
             continue
-        aligned = align(runs, by)
+        aligned = align(group[method], by)
         if aligned is None:
             print(f"Not drawn, a seed ends before another's first return: {env_id} {method}.")
             continue
@@ -603,12 +620,11 @@ def picture_of_curves(
 ) -> None:
     """One panel an environment, and the interquartile means where panels are left over."""
     looks = choose_looks(list(next(iter(groups.values()))))
-    styles = legend_styles(looks) | {line.source: line.style for line in lines}
     count = len(groups)
     columns = min(count, 2 if count in (2, 4) else 3)
     rows = math.ceil(count / columns)
     width = min(10, 2.1 + 4.2 * columns)
-    height = 2.6 * rows + 0.4 + 0.2 * math.ceil(len(styles) / legend_columns(width))
+    height = 2.6 * rows + 0.4 + 0.2 * math.ceil(len([*looks, *lines]) / legend_columns(width))
     figure = plt.figure(figsize=(width, height), layout="constrained")
     for i, (env_id, group) in enumerate(groups.items()):
         axis = figure.add_subplot(rows, columns, i + 1)
@@ -622,7 +638,7 @@ def picture_of_curves(
     if scores and scores.seeds.keys() == groups.keys() and count < rows * columns:
         axis = figure.add_subplot(rows, columns, (count + 1, rows * columns))
         draw_middles(axis, scores, looks)
-    legend(figure, styles)
+    legend(figure, looks, lines)
     save(figure, path)
 
 
@@ -638,7 +654,7 @@ def picture_of_profiles(path: Path, scores: Scores) -> None:
         band = interval(above, mean)
         draw(right, thresholds, mean(*above, axis=0), band, place, looks[method])
     right.set(xlabel=f"final return / {scores.unit}, τ", ylabel="fraction of runs above τ")
-    legend(figure, legend_styles(looks))
+    legend(figure, looks, [])
     save(figure, path)
 
 
@@ -683,46 +699,32 @@ def thin(run: Run, folder: Path) -> None:
 
 
 def show(args: Args, runs: list[Run]) -> None:
-    """Print the tables, write the pictures."""
-    published = read_published(args.reference)
+    """Write the pictures, then print the tables: nothing is shown where one cannot be written."""
+    published = read_published()
     groups = group_runs(runs, published)
     lines = published_lines(args.lines, groups, published)
     if args.titles and len(args.titles) != len(groups):
         fail(f"--titles are {len(args.titles)}, the panels {len(groups)}: {', '.join(groups)}.")
     finals = final_returns(groups)
     scores = score(groups, finals, published)
-    print_returns(groups, finals, published, args.every_seed)
-    print_states(groups)
-    print_middles(groups, scores)
     if args.out:
         picture_of_curves(args.out, "global_step", groups, lines, args.titles, scores)
     if args.wall_clock:
-        untimed = [run.name for run in runs if "wall_seconds" not in run.columns]
-        if untimed:
-            print(f"No wall_seconds, not in {args.wall_clock}: {', '.join(untimed)}.")
         picture_of_curves(args.wall_clock, "wall_seconds", groups, lines, args.titles)
     if args.profile and not scores.seeds:
         fail("--profile needs a published return and a seed that every method has.")
     if args.profile:
         picture_of_profiles(args.profile, scores)
-
-
-def check_pictures(args: Args) -> None:
-    """Refuse a picture in a format that cannot be written, before any work."""
-    formats = FigureCanvasBase.get_supported_filetypes()
-    for name in PICTURES:
-        path = getattr(args, name)
-        if path and path.suffix[1:] not in formats:
-            option = name.replace("_", "-")
-            fail(f"--{option} {path} must end in one of .{', .'.join(formats)}.")
-    if args.speed and len(args.paths) != 1:
-        fail("--speed takes one CSV file, such as benchmark/results/update_speed.csv.")
+    print_returns(groups, finals, published, args.every_seed)
+    print_states(groups)
+    print_middles(groups, scores)
 
 
 def main(args: Args) -> None:
     """Thin runs, or draw them and print the tables."""
     plt.rcParams.update({"font.size": 8, "legend.fontsize": 9})
-    check_pictures(args)
+    if args.speed and len(args.paths) != 1:
+        fail("--speed takes one CSV file, such as benchmark/results/update_speed.csv.")
     try:
         if args.speed:
             picture_of_speed(args.speed, args.paths[0])
@@ -734,10 +736,11 @@ def main(args: Args) -> None:
         for run in runs:
             thin(run, args.thin)
     except OSError as error:
-        advice = "name a folder that exists" if error.filename else "read all of it"
         what = error.filename or "standard output"
-        fail(f"{what} cannot be written ({error.strerror}), {advice}.")
+        fail(f"{what} cannot be written ({error.strerror}), name a place that can.")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # where `| head` has read enough, end quietly
     main(tyro.cli(Args))

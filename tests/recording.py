@@ -107,7 +107,8 @@ class Expected:
 def values_of(agent, obs):
     """Values in units of reward: the critic at normalised obs, mean + std * its output."""
     normalizer = agent.normalizer
-    scaled = (obs.double() - normalizer.mean) / (normalizer.var + 1e-5).sqrt()
+    std = (normalizer.var + 1 / (normalizer.count + 1) + 1e-5).sqrt()
+    scaled = (obs.double() - normalizer.mean) / std
     scaled = scaled.clamp(-5, 5).float()
     with torch.no_grad():
         if hasattr(agent, "critic"):
@@ -148,7 +149,7 @@ def recompute(iterations):
         obs = rollout.obs[:-1].double().numpy()[keep]
         seen.append(obs)
         everything = np.concatenate(seen)
-        scale = np.sqrt(everything.var(0) + 1e-5)
+        scale = np.sqrt(everything.var(0) + 1 / (len(everything) + 1) + 1e-5)
         normalised = np.clip((obs - everything.mean(0)) / scale, -5, 5)
         powers = np.array([1.0, returns.mean(), (returns**2).mean()])
         moments = BETA * moments + (1 - BETA) * powers

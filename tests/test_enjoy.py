@@ -198,7 +198,8 @@ def test_returns_equal_a_loop_written_out(checkpoint, result):
         obs, _ = env.reset(seed=seed)
         rewards, done = [], False
         while not done:
-            std = np.sqrt(weights["normalizer.var"] + 1e-5)
+            prior = 1 / (weights["normalizer.count"] + 1)
+            std = np.sqrt(weights["normalizer.var"] + prior + 1e-5)
             x = ((obs - weights["normalizer.mean"]) / std).clip(-5, 5)
             for layer in ("0", "2", "4"):
                 name = f"policy.mean.{layer}"
