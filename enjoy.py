@@ -107,7 +107,7 @@ def import_script(name, checkpoint):
     fail(
         f"the checkpoint says algorithm {name!r}, there is no {name}.py in the current folder, "
         f"in those above {checkpoint} or beside enjoy.py: put the script that trained it there "
-        "under that name; a renamed fork sets ALGORITHM to its new name before it trains."
+        "under that name, the one it had then."
     )
 
 
@@ -181,8 +181,8 @@ def load_agent(module, state, env):
     except Exception as error:  # other spaces, other sizes, no Agent
         fail(
             f"the checkpoint does not fit the Agent of {module.__file__} on {env.spec.id} "
-            f"({type(error).__name__}): it is of an older version of that script, or of a fork "
-            "that kept its ALGORITHM."
+            f"({type(error).__name__}): the script has changed since, or another one of "
+            "that name is meant."
         )
     return agent
 
