@@ -425,7 +425,7 @@ ALTERED = {
     "other environment": (lambda state: state["args"].update(env_id="Hopper-v5"), "does not fit"),
     "other actions": (lambda state: state["args"].update(env_id="CartPole-v1"), "does not fit"),
     "missing weight": (lambda state: state["agent"].pop("policy.mean.0.bias"), "does not fit"),
-    "older version": (old_names, "it is of an older version"),
+    "older version": (old_names, "the script has changed since"),
 }
 
 
