@@ -561,17 +561,12 @@ def published_lines(
     return lines
 
 
-def legend_columns(width: float) -> int:
-    """Two inches a name."""
-    return int(width / 2)
-
-
 def legend(figure: plt.Figure, looks: dict[str, Look], lines: list[PublishedLine]) -> None:
     """A name for each line style, below the panels."""
     styles = {look.label: line_style(look) for look in looks.values()}
     styles |= {line.source: line.style for line in lines}
     handles = [plt.Line2D([], [], **style, label=label) for label, style in styles.items()]
-    columns = min(len(handles), legend_columns(figure.get_figwidth()))
+    columns = min(len(handles), int(figure.get_figwidth() / 2))  # two inches a name
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 4}
     figure.legend(handles=handles, **place, frameon=False)
 
@@ -624,7 +619,7 @@ def picture_of_curves(
     columns = min(count, 2 if count in (2, 4) else 3)
     rows = math.ceil(count / columns)
     width = min(10, 2.1 + 4.2 * columns)
-    height = 2.6 * rows + 0.4 + 0.2 * math.ceil(len([*looks, *lines]) / legend_columns(width))
+    height = 2.6 * rows + 0.4 + 0.2 * math.ceil(len([*looks, *lines]) / int(width / 2))
     figure = plt.figure(figsize=(width, height), layout="constrained")
     for i, (env_id, group) in enumerate(groups.items()):
         axis = figure.add_subplot(rows, columns, i + 1)

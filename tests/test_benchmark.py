@@ -215,6 +215,31 @@ def test_bad_variables_are_one_sentence(variables, word, tmp_path):
     assert word in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_is_the_comment_at_the_top(option):
+    result = benchmark(option, SUITE="nonsense")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = (ROOT / "benchmark.sh").read_text().split("\nset ")[0].splitlines()[1:]
+    assert result.stdout.splitlines() == [line[2:] for line in lines]
+    assert result.stdout.startswith("The benchmark: ") and "  PYTHON  " in result.stdout
+
+
+def test_other_arguments_are_refused():
+    result = benchmark("--nonsense")
+    assert result.returncode == 2
+    assert "--nonsense is not understood, the arguments are --dry-run and --help" in result.stderr
+
+
+def test_git_ignores_what_the_commands_of_the_readme_write():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    written = ["curves.png", "out.mp4", "runs/a/progress.csv", "benchmark/__pycache__/plot.pyc"]
+    kept = ["benchmark/results/new.png", "docs/new.png"]
+    command = ["git", "check-ignore", "--no-index", *written, *kept]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == written
+
+
 def test_the_interpreter_is_sought_from_the_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in dry_run(PYTHON="./benchmark.sh"):
@@ -375,13 +400,17 @@ def refusal(capsys, *arguments):
     return errors
 
 
-def write_run(folder, steps, returns, total, column="kl"):
-    """A run folder as the scripts leave it, one environment, steps of ten."""
+def write_run(folder, steps, returns, total, **known):
+    """A run folder as the scripts leave it, steps of ten."""
     folder.mkdir(parents=True)
-    config = {"num_envs": 2, "num_steps": 5, "total_timesteps": total}
+    env_id, method, seed = [*folder.name.split("__"), "", ""][:3]
+    config = {"algorithm": method, "env_id": env_id, "seed": seed}
+    config |= {"num_envs": 2, "num_steps": 5, "total_timesteps": total} | known
     (folder / "config.json").write_text(json.dumps(config))
-    rows = [f"{step},{value},0.123456789\n" for step, value in zip(steps, returns, strict=True)]
-    (folder / "progress.csv").write_text(f"global_step,episodic_return,{column}\n{''.join(rows)}")
+    rows = ["global_step,episodic_return,wall_seconds,kl\n"]
+    for step, value in zip(steps, returns, strict=True):
+        rows.append(f"{step},{value},{step},0.123456789\n")
+    (folder / "progress.csv").write_text("".join(rows))
     return folder
 
 
@@ -457,9 +486,101 @@ def test_plot_takes_a_folder_of_runs(folder, tmp_path, capsys):
         write_run(tmp_path / "runs" / f"Task-v0__a__{seed}", [10, 20], [1, 3], 20)
     (tmp_path / "runs" / "log").mkdir()  # benchmark.sh's
     (tmp_path / "runs" / "log" / "Task-v0__a__1.log").write_text("finished\n")
-    (tmp_path / "runs" / "Task-v0__b__1").mkdir()  # not begun
-    paths = tmp_path.glob(folder)
-    assert "| a | 3.0 ± 0.0 (2) |" in show(capsys, *paths)
+    for name, file in (("Task-v0__b__1", "config.json"), ("mine", "progress.csv")):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / file).write_text("")  # killed at its very start, torn
+    out = show(capsys, *tmp_path.glob(folder))
+    assert "| a | 3.0 ± 0.0 (2) |" in out
+    left_out = [str(tmp_path / "runs" / name) for name in ("Task-v0__b__1", "mine")]
+    if folder != "runs":
+        left_out.insert(1, str(tmp_path / "runs" / "log"))  # asked for by its name
+    sentence = "No run (progress.csv with config.json), left out"
+    assert out.splitlines()[0] == f"{sentence}: {', '.join(left_out)}."
+
+
+@pytest.mark.parametrize(
+    "name, algorithm, method",
+    [
+        ("fork", "rank1", "rank1"),
+        ("my__free__name", "npg_cg", "npg_cg"),
+        ("pkg_Task-v0__trpo__7", "npg_cg", "trpo"),
+        ("pkg_Task-v0__npg_cg__3__1700.5", "npg_cg", "npg_cg"),
+        ("pkg:Task-v0__trpo__3", "npg_cg", "trpo"),
+    ],
+)
+@pytest.mark.parametrize("env_id", ["pkg/Task-v0", "pkg:Task-v0"])
+def test_a_run_is_what_its_config_says(name, algorithm, method, env_id, tmp_path, capsys):
+    """All but the method in the name of a folder: one script makes several methods."""
+    known = {"env_id": env_id, "algorithm": algorithm, "seed": 3}
+    run = write_run(tmp_path / "runs" / name, [10, 20], [1, 2], 20, **known)
+    for path in (run, tmp_path / "runs"):
+        out = show(capsys, path)
+        assert "(number of seeds) | pkg_Task-v0 |" in out and f"| {method} | 2.0 (1) |" in out
+    show(capsys, "--thin", tmp_path / "thin", run)
+    (path,) = (tmp_path / "thin").iterdir()
+    assert path.name == f"pkg_Task-v0__{method}__3.csv"
+
+
+def test_a_run_folder_may_be_the_current_one(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "Task-v0__trpo__1", [10, 20], [1, 2], 20, algorithm="npg_cg")
+    monkeypatch.chdir(run)
+    assert "| trpo | 2.0 (1) |" in show(capsys, ".")
+
+
+def test_two_runs_of_one_seed_are_refused_until_one_is_renamed(tmp_path, capsys):
+    known = {"algorithm": "rat_continuous", "env_id": "Task-v0", "seed": 1}
+    for name in ("first", "second"):
+        write_run(tmp_path / name, [10, 20], [1, 2], 20, **known)
+    sentence = refusal(capsys, tmp_path)
+    twins = "first and second are the same seed of the same method"
+    assert sentence == f"plot: {twins}: name one, or rename one Task-v0__ANOTHER__1.\n"
+    assert "| rat_continuous | 2.0 (1) |" in show(capsys, tmp_path / "first")
+    (tmp_path / "second").rename(tmp_path / "Task-v0__ANOTHER__1")
+    out = show(capsys, tmp_path)
+    assert "| rat_continuous | 2.0 (1) |" in out and "| ANOTHER | 2.0 (1) |" in out
+
+
+def test_a_config_that_is_none_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "mine", [10, 20], [1, 2], 20)
+    (run / "config.json").write_text("{}")
+    assert f"{run / 'config.json'} cannot be read (KeyError('env_id'))" in refusal(capsys, run)
+
+
+def test_a_sentence_below_the_tables_only_where_it_says_something(tmp_path, capsys):
+    folders = [write_run(tmp_path / f"Task-v0__a__{i}", [10, 20], [1, 2], 20) for i in (1, 2)]
+    out = show(capsys, *folders)
+    assert "`at`" not in out and "one seed" not in out
+    needs = "it needs a published return and a seed that every method has."
+    assert out.splitlines()[-1] == f"No interquartile mean for Task-v0: {needs}"
+    write_run(tmp_path / "Task-v0__b__1", range(10, 60, 10), range(5), 50)
+    out = show(capsys, tmp_path)
+    assert "`at`: steps where" in out and "No error and no band where there is one seed." in out
+
+
+@pytest.mark.parametrize(
+    "step, text", [(960, "960"), (99999, "99,999"), (100000, "0.10M"), (7.62e6, "7.62M")]
+)
+def test_steps_have_digits_enough(step, text):
+    assert plot.short(step) == text
+
+
+def test_no_table_where_a_picture_cannot_be_written(tmp_path, capsys):
+    run = CURVES / "Hopper-v4__rat__1.csv"
+    for option in ("--out", "--wall-clock", "--profile"):
+        with pytest.raises(SystemExit):
+            show(capsys, option, tmp_path / "nope" / "x.png", run)
+        assert capsys.readouterr().out == ""
+
+
+def test_plot_ends_quietly_where_its_reader_has_ended():
+    """As in `plot.py runs | head`: by the signal, as head's other writers do."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / "benchmark" / "plot.py", CURVES]
+    options = {"stdout": writer, "stderr": subprocess.PIPE, "env": environment(), "timeout": 300}
+    result = subprocess.run(command, **options)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_plot_takes_a_folder_of_csv_files(tmp_path, capsys):
@@ -487,25 +608,24 @@ def test_the_last_row_of_a_step_counts(steps, counted, tmp_path):
     assert run.step == max(steps)
 
 
-@pytest.mark.parametrize("column", ["kernel_trace", "score_norm_sq"])
-def test_plot_thins_run_folders(column, tmp_path, capsys):
+def test_plot_thins_run_folders(tmp_path, capsys):
     folders = []
     for seed, last in ((1, 5000), (2, 4000)):
         steps = range(10, last + 1, 10)
         returns = [step / 4 if step >= 30 else math.nan for step in steps]
         folder = tmp_path / f"Task-v0__a__{seed}"
-        folders.append(write_run(folder, steps, returns, 5009, column))
+        folders.append(write_run(folder, steps, returns, 5009))
         with open(folder / "progress.csv", "a") as file:
             file.write("6000,1")  # torn by a crash
     thin = tmp_path / "thin"
-    assert "Task-v0__a__2 (0.00M steps)" in show(capsys, "--thin", thin, *folders)
+    assert "Task-v0__a__2 (4,000 steps)" in show(capsys, "--thin", thin, *folders)
     (path,) = thin.iterdir()
     rows = path.read_text().splitlines()
     assert len(rows) == 201
-    assert rows[0] == "global_step,episodic_return,score_norm_sq"
-    assert rows[-1] == "5000,1250,0.123457"
+    assert rows[0] == "global_step,episodic_return,wall_seconds,kl"
+    assert rows[-1] == "5000,1250,5000,0.123457"
     assert "| a | 1250 (1) |" in show(capsys, path)
-    assert "| a | 1000 ± 0 (2) at 0.00M |" in show(capsys, "--partial", *folders)
+    assert "| a | 1000 ± 0 (2) at 4,000 |" in show(capsys, "--partial", *folders)
 
 
 def test_plot_intervals():
@@ -529,7 +649,7 @@ def test_the_lowest_panel_of_each_column_has_a_label(monkeypatch):
 def test_the_legend_of_all_methods_lies_inside_the_picture(width):
     figure, _ = plot.plt.subplots(figsize=(width, 3.2), layout="constrained")
     looks = plot.choose_looks([*METHODS, "release_separate"])
-    plot.legend(figure, plot.legend_styles(looks))
+    plot.legend(figure, looks, [])
     figure.draw_without_rendering()
     drawn = figure.legends[0].get_window_extent()
     whole = figure.bbox
@@ -640,13 +760,12 @@ def test_the_table_without_noise_is_that_of_the_evaluations():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["README.md"], "README.md is not named ENVIRONMENT__METHOD__SEED"),
+        (["README.md"], "README.md is not named ENVIRONMENT__METHOD__SEED.csv, rename it"),
         (["nope/A-v0__a__1"], "nope/A-v0__a__1 does not exist"),
         (["runs/nope*"], "runs/nope* does not exist: name run folders, CSV files or a folder"),
         ([CURVES / "Hopper-v4__rat__1.csv"] * 2, "are the same seed"),
-        (["--out", "x.nonsense", CURVES / "Hopper-v4__rat__1.csv"], "--out x.nonsense"),
+        (["--out", "x.nonsense", CURVES / "Hopper-v4__rat__1.csv"], "x.nonsense cannot be written"),
         (["--out", "/nope/x.png", CURVES / "Hopper-v4__rat__1.csv"], "/nope/x.png cannot be"),
-        (["--reference", ROOT / "README.md", "--", CURVES], "its columns must be"),
         (["--lines", "nonsense", "--", CURVES], "--lines nonsense is in no published row"),
         (["--speed", "x.png", CURVES / "Hopper-v4__rat__1.csv"], "its columns must be"),
         (["--speed", "x.png", "a.csv", "b.csv"], "--speed takes one CSV file"),
@@ -665,16 +784,17 @@ def test_plot_hints_at_partial_where_no_run_has_ended(tmp_path, capsys):
     assert "| a | 2.0 (1) |" in show(capsys, "--partial", tmp_path)
 
 
-@pytest.mark.parametrize("option, method", [("--reference", "source"), ("--speed", "method")])
-def test_a_table_with_text_for_a_number_is_named(option, method, tmp_path, capsys):
+def test_a_table_with_text_for_a_number_is_named(tmp_path, capsys):
     path = tmp_path / "table.csv"
-    path.write_text(f"env,update,network,{method},mean,error,milliseconds\nA,a,b,c,x,x,x\n")
-    arguments = {"--reference": [path, "--", CURVES], "--speed": ["x.png", path]}
-    sentence = refusal(capsys, option, *arguments[option])
+    path.write_text("update,network,method,milliseconds\na,b,c,x\n")
+    sentence = refusal(capsys, "--speed", "x.png", path)
     assert f"{path} cannot be read (could not convert string to float: 'x')" in sentence
 
 
-@pytest.mark.parametrize("text", ["global_step,x\n1,2\n", "global_step,episodic_return\n1,a\n"])
+HEAD = "global_step,episodic_return,wall_seconds\n"
+
+
+@pytest.mark.parametrize("text", ["global_step,x\n1,2\n", f"{HEAD}1,a,1\n", f"{HEAD}1,1\n"])
 def test_a_file_that_is_no_run_is_named(text, tmp_path, capsys):
     path = tmp_path / "Task-v0__a__1.csv"
     path.write_text(text)
