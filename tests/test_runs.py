@@ -185,6 +185,7 @@ def test_resume_after_kill(script, tmp_path):
     with open(folder / "progress.csv", "a") as file:
         file.write(",".join(["999998", *list(rows[-1].values())[1:]]) + "\n")  # a later row
         file.write("999999,1.0,")  # and a torn one, as a crash of the machine leaves it
+    time.sleep(1)  # TensorBoard reads event files in the order of the second in their names
     train(script, *arguments, "--total-timesteps", total)
     expected = list(range(64, total + 1, 64))
     rows = read_csv(folder)
