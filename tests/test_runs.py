@@ -59,9 +59,9 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
-def start(script, *arguments, program=None):
+def start(script, *arguments):
     """The script in a process of its own."""
-    words = program or command(script, *arguments)
+    words = command(script, *arguments)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, env=environment(), **pipes)
 
@@ -234,6 +234,29 @@ def test_signals_leave_a_checkpoint_of_the_last_row(number, tmp_path):
     assert steps == list(range(64, total + 1, 64))
 
 
+def test_a_signal_before_the_first_checkpoint_has_its_code_too(tmp_path, capsys, monkeypatch):
+    rat = importlib.import_module("rat_continuous")
+    monkeypatch.setattr(rat, "main", lambda args: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        train("rat_continuous", *SMALL, "--output-dir", tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert sentence(capsys.readouterr().err) == "rat_continuous: stopped by signal 15"
+
+
+def test_a_resumed_csv_is_cut_where_the_checkpoint_ends(tmp_path):
+    """Also to nothing: the header is written again, and the size handed on is the file's."""
+    rat = importlib.import_module("rat_continuous")
+    path = tmp_path / "x" / "progress.csv"
+    path.parent.mkdir()
+    path.write_text("global_step,kl\n64,0.1\n")
+    args = rat.Args(output_dir=str(tmp_path), run_name="x", resume=True)
+    logger = rat.Logger(args, 0, 0)
+    logger.write(64, {"losses/kl": 0.5, "charts/episodic_return": 1.0})
+    assert logger.csv.tell() == path.stat().st_size
+    logger.close()
+    assert path.read_text() == "global_step,kl,episodic_return\n64,0.5,1.0\n"
+
+
 def test_a_second_process_on_a_run_folder_is_refused(tmp_path):
     where = ["--output-dir", tmp_path, "--run-name", "locked"]
     folder = tmp_path / "locked"
@@ -338,6 +361,22 @@ def test_learning_rate_follows_the_kl(script, low, options, tmp_path):
         assert following["learning_rate"] == pytest.approx(expected)
         factors.add(factor)
     assert factors == {1 / 1.5, 1, 1.5}
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "kl", "following"),
+    [
+        (0.03, 0.017, 0.02),
+        (0.03, 0.01, 0.03),
+        (0.03, 0.003, 0.045),
+        (0.04, 0.003, 0.05),  # the largest
+        (1.2e-4, 1.0, 1e-4),  # the least
+        (5e-5, 1.0, 5e-5),  # not raised to the least
+    ],
+)
+def test_step_size_stays_between_its_bounds(learning_rate, kl, following):
+    rat = importlib.import_module("rat_continuous")
+    assert rat.adapt_learning_rate(learning_rate, kl, 0.004, 0.05) == pytest.approx(following)
 
 
 BAD = {
