@@ -30,9 +30,7 @@ Run: python npg_rank1.py --env-id HalfCheetah-v5. Symbols: docs/algorithm.md.
 
 import json
 import os
-import random
 import shlex
-import signal
 import sys
 import time
 import traceback
@@ -49,11 +47,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the update
@@ -84,7 +77,7 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
     run_name: str = ""  # folder below output_dir; default {env_id}__{script}__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    resume: bool = False  # continue run_name: what is not given is as that run had it
+    resume: bool = False  # continue run_name, with that run's arguments but for those given
 
     def __post_init__(self):
         check_args(self)
@@ -96,20 +89,13 @@ class Args:
 def make_envs(args, seeds):
     """Vector environment in NEXT_STEP mode (the step after `done` only resets), first obs [N, d].
 
-    seeds: one for each environment. Ends the program where the environment cannot be made."""
+    seeds: one for each environment. Ends the program where the networks do not take its spaces."""
     gym.logger.min_level = gym.logger.ERROR  # "v4 is out of date" is the caller's choice, not news
-    try:
-        if args.vectorization == "envpool":
-            envs = make_envpool(args, seeds)
-            seeds = None  # EnvPool takes them only there
-        else:
-            mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
-    except Exception as error:  # whatever an import or a constructor raises
-        fail(
-            f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "
-            f"({type(error).__name__}): {error}"
-        )
+    if args.vectorization == "envpool":
+        envs = make_envpool(args, seeds)
+        seeds = None  # EnvPool takes them only there
+    else:
+        envs = gym.make_vec(args.env_id, args.num_envs, "sync")
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
     obs, _ = envs.reset(seed=seeds)
@@ -135,9 +121,8 @@ def check_spaces(env_id, obs_space, act_space):
                 f"--env-id {env_id} has {space}, not a flat Box: use rat_shared.py for Discrete "
                 "actions, wrap observations in FlattenObservation."
             )
-    low, high = torch.tensor(act_space.low), torch.tensor(act_space.high)
-    bounds = torch.stack([low, high, high - low])
-    if not bounds.is_floating_point() or not bounds.float().isfinite().all():
+    width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
+    if not width.is_floating_point() or not width.float().isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."
@@ -155,9 +140,9 @@ class ObsNormalizer(nn.Module):
 
     def __init__(self, obs_dim):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("var", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(obs_dim).double())
+        self.register_buffer("var", torch.zeros(obs_dim).double())
+        self.register_buffer("count", torch.zeros(()).double())
 
     def forward(self, obs):
         std = (self.var + 1 / (self.count + 1) + 1e-5).sqrt()
@@ -177,13 +162,12 @@ class ObsNormalizer(nn.Module):
 class PopArt(nn.Module):
     """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
 
-    def __init__(self, in_features, beta=0.99999):
+    def __init__(self, in_features):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
-        self.beta = beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("std", torch.ones((), dtype=torch.float64))
+        self.register_buffer("moments", torch.zeros(3).double())  # of 1, R, R^2
+        self.register_buffer("mean", torch.zeros(()).double())
+        self.register_buffer("std", torch.ones(()).double())
 
     def forward(self, features):
         """Values [B] in normalised units of features [B, in_features]."""
@@ -194,7 +178,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -272,8 +256,8 @@ def check_args(args, may_be_zero=("seed", "resume")):
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
-        if name in ("gamma", "gae_lambda") and value > 1:
-            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name in ("gamma", "gae_lambda", "memory") and value > 1:
+            raise ValueError(f"{flag} must be at most 1.")
         if name.endswith("minibatches") and value > blocks:
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
     if args.num_steps < 2:
@@ -293,11 +277,9 @@ def check_finite(what, value):
 
 
 def seed_generators(args, global_step):
-    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    """Seed PyTorch by the run's seed and its steps so far; a seed for each environment."""
     generator = np.random.default_rng((args.seed, global_step))
     first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
-    random.seed(first)
-    np.random.seed(first)
     torch.manual_seed(first)
     return env_seeds
 
@@ -437,16 +419,10 @@ def run_folder(args):
 
 
 def save_checkpoint(args, state):
-    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    """Replace checkpoint.pt in one step: a run that is killed leaves the old file or the new."""
     partial = run_folder(args) / "checkpoint.partial"
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, run_folder(args) / "checkpoint.pt")
-    finally:
-        partial.unlink(missing_ok=True)
+    torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, partial)
+    os.replace(partial, run_folder(args) / "checkpoint.pt")
 
 
 def load_checkpoint(args):
@@ -465,21 +441,6 @@ def load_checkpoint(args):
     return saved
 
 
-def check_resumed(args, saved):
-    """Refuse arguments that would make it another run, all at once."""
-    may_change = "total_timesteps vectorization device run_name output_dir resume kernel_memory"
-    theirs = vars(saved["args"])
-    changed = [n for n, v in vars(args).items() if n not in may_change.split() and v != theirs[n]]
-    if changed:
-        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
-        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
-    if args.total_timesteps < saved["global_step"]:
-        fail(
-            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
-            "give more or leave it out."
-        )
-
-
 def parse_args():
     """The command line as Args; with --resume, what it leaves out is as the run had it."""
     args = tyro.cli(Args)
@@ -492,27 +453,14 @@ class Logger:
     """progress.csv, TensorBoard events and, on a terminal, a progress bar.
 
     Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
-    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
+    checkpoint does not know. Raises FileExistsError for a folder of another run."""
 
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
-        if args.total_timesteps < args.num_envs * args.num_steps:
-            fail(
-                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
-                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=args.resume)
-            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
-            if fcntl is not None:
-                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-            (folder / "config.json").write_text(config)
-        except OSError as error:
-            fail(
-                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
-                "--run-name, --resume the run or await its end."
-            )
+        folder.mkdir(parents=True, exist_ok=args.resume)
+        config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+        (folder / "config.json").write_text(config)
+        self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.truncate(min(csv_size, self.csv.tell()))
         self.csv.seek(0, os.SEEK_END)
         self.events = SummaryWriter(str(folder), purge_step=step + 1)
@@ -538,7 +486,7 @@ class Logger:
         self.bar.update(step - self.bar.n)
 
     def close(self):
-        """Close the files, which ends the lock."""
+        """Close the files and the bar."""
         self.csv.close()
         self.events.close()
         self.bar.close()
@@ -546,26 +494,19 @@ class Logger:
 
 @contextmanager
 def one_sentence(args):
-    """Whatever ends the run within, end it with one sentence and the way to continue it.
-
-    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
-
-    def end(sentence, code=1):
+    """End what breaks down within with one sentence, with the way to continue a run."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if (run_folder(args) / "checkpoint.pt").exists():
             fail(
                 f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
                 f"--output-dir {shlex.quote(args.output_dir)}",
-                code,
+                code=1,
             )
-        fail(sentence, max(code, 2))
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
-    try:
-        yield
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        end(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})")
+        fail(sentence)
 
 
 # ---- The algorithm's core: a score, Sherman-Morrison -------------------------------------------
@@ -630,7 +571,6 @@ def main(args: Args):
     saved = {}
     if args.resume:
         saved = load_checkpoint(args)
-        check_resumed(args, saved)
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
     learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
@@ -647,11 +587,6 @@ def main(args: Args):
         envs.return_queue.extend(saved["episodes"][0])
         envs.length_queue.extend(saved["episodes"][1])
     logger = Logger(args, global_step, saved.get("csv_size", 0))
-    task = getattr(envs.spec, "id", args.env_id)  # with the version that was made
-    print(
-        f"{task}, curves: tensorboard --logdir {shlex.quote(str(run_folder(args)))}",
-        file=sys.stderr,
-    )
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -706,8 +641,8 @@ def main(args: Args):
     logger.close()
     envs.close()
     print(
-        f"{task}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, with "
-        f"noise, after {global_step} steps; without noise: python enjoy.py "
+        f"{args.env_id}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, "
+        f"with noise, after {global_step} steps; without noise: python enjoy.py "
         f"{shlex.quote(str(run_folder(args) / 'checkpoint.pt'))}"
     )
 

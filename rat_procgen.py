@@ -20,7 +20,7 @@ Run: python rat_procgen.py --env-id starpilot. Equation numbers: docs/algorithm.
         renew the statistics of returns                                  gather_samples
         for each pass, for each block of samples:                        minibatches
             g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      rat_direction, (3)
-            theta = theta + eta clip(g)                                  kaczmarz_direction, (4)
+            theta = theta + eta g / |H g|                                kaczmarz_direction, (4)
         regress the critic on the returns                                fit_critic
         now and then, play unseen levels                                 evaluate
         adapt eta to the KL divergence                                   adapt_learning_rate
@@ -29,9 +29,7 @@ Run: python rat_procgen.py --env-id starpilot. Equation numbers: docs/algorithm.
 
 import json
 import os
-import random
 import shlex
-import signal
 import sys
 import time
 import traceback
@@ -46,14 +44,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
-from torch.func import functional_call, grad, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
@@ -76,13 +68,15 @@ class Args:
     eval_interval: int = 25  # iterations between evaluations of num_envs episodes each
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages, actor and critic
     hidden: int = 256  # units of the layer after them
-    jacobian: Literal["tape", "vmap"] = "tape"  # scores by layer, or materialised (most modules)
+    kaczmarz: Literal["track", "paper", "release", "off"] = "track"  # the update, see RULES
     kernel_memory: int = 512  # MiB that the tape may take for a block, beside the kernel
-    update_epochs: int = 4  # actor passes over the rollout
+    update_epochs: int | None = None  # actor passes over the rollout
     num_minibatches: int = 16  # actor blocks in a pass
-    damping: float = 0.1  # lambda of equation (1), > 0
-    learning_rate: float = 0.05  # first and largest actor step size; the KL adapts it below that
-    max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu of equation (4)
+    damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
+    memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
+    kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
+    learning_rate: float = 0.05  # first actor step size, and the largest except with track
+    max_grad_norm: float = 0.5  # l2 bound nu of (4); track has none
     critic_epochs: int = 3  # critic passes over the rollout
     critic_minibatches: int = 16  # critic minibatches in a pass
     critic_learning_rate: float = 5e-4  # Adam step size of the critic, as CleanRL's PPO on Procgen
@@ -93,12 +87,25 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
     run_name: str = ""  # folder below output_dir; default {env_id}__{script}__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    resume: bool = False  # continue run_name: what is not given is as that run had it
+    resume: bool = False  # continue run_name, with that run's arguments but for those given
 
     def __post_init__(self):
-        check_args(self, ("seed", "resume", "num_levels", "start_level", "eval_levels"))
+        for name, value in zip(RULES["set"], RULES[self.kaczmarz]):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        zero = ("seed", "resume", "memory", "num_levels", "start_level", "eval_levels")
+        check_args(self, may_be_zero=zero)
         if self.num_levels == 0 and self.eval_levels > 0:
             raise ValueError("--num-levels 0 trains on all: none is unseen, use --eval-levels 0.")
+
+
+RULES = {  # --kaczmarz: the defaults of what depends on it
+    "set": ("update_epochs", "damping", "memory", "kl_low"),
+    "track": (1, 0.03, 0.9, 0.008),
+    "paper": (4, 0.1, 0.0, 0.004),
+    "release": (4, 0.1, 1.0, 0.004),
+    "off": (4, 0.1, 0.0, 0.004),
+}
 
 
 # ---- Environments ----------------------------------------------------------------------------
@@ -151,13 +158,12 @@ class Procgen(gym.vector.VectorEnv):
 class PopArt(nn.Module):
     """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
 
-    def __init__(self, in_features, beta=0.99999):
+    def __init__(self, in_features):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
-        self.beta = beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("std", torch.ones((), dtype=torch.float64))
+        self.register_buffer("moments", torch.zeros(3).double())  # of 1, R, R^2
+        self.register_buffer("mean", torch.zeros(()).double())
+        self.register_buffer("std", torch.ones(()).double())
 
     def forward(self, features):
         """Values [B] in normalised units of features [B, in_features]."""
@@ -168,7 +174,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -277,8 +283,8 @@ def check_args(args, may_be_zero=("seed", "resume")):
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
-        if name in ("gamma", "gae_lambda") and value > 1:
-            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name in ("gamma", "gae_lambda", "memory") and value > 1:
+            raise ValueError(f"{flag} must be at most 1.")
         if name.endswith("minibatches") and value > blocks:
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
     if args.num_steps < 2:
@@ -298,11 +304,9 @@ def check_finite(what, value):
 
 
 def seed_generators(args, global_step):
-    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    """Seed PyTorch by the run's seed and its steps so far; a seed for each environment."""
     generator = np.random.default_rng((args.seed, global_step))
     first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
-    random.seed(first)
-    np.random.seed(first)
     torch.manual_seed(first)
     return env_seeds
 
@@ -449,16 +453,10 @@ def run_folder(args):
 
 
 def save_checkpoint(args, state):
-    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    """Replace checkpoint.pt in one step: a run that is killed leaves the old file or the new."""
     partial = run_folder(args) / "checkpoint.partial"
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, run_folder(args) / "checkpoint.pt")
-    finally:
-        partial.unlink(missing_ok=True)
+    torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, partial)
+    os.replace(partial, run_folder(args) / "checkpoint.pt")
 
 
 def load_checkpoint(args):
@@ -477,21 +475,6 @@ def load_checkpoint(args):
     return saved
 
 
-def check_resumed(args, saved):
-    """Refuse arguments that would make it another run, all at once."""
-    may_change = "total_timesteps vectorization device run_name output_dir resume kernel_memory"
-    theirs = vars(saved["args"])
-    changed = [n for n, v in vars(args).items() if n not in may_change.split() and v != theirs[n]]
-    if changed:
-        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
-        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
-    if args.total_timesteps < saved["global_step"]:
-        fail(
-            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
-            "give more or leave it out."
-        )
-
-
 def parse_args():
     """The command line as Args; with --resume, what it leaves out is as the run had it."""
     args = tyro.cli(Args)
@@ -504,27 +487,14 @@ class Logger:
     """progress.csv, TensorBoard events and, on a terminal, a progress bar.
 
     Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
-    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
+    checkpoint does not know. Raises FileExistsError for a folder of another run."""
 
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
-        if args.total_timesteps < args.num_envs * args.num_steps:
-            fail(
-                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
-                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=args.resume)
-            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
-            if fcntl is not None:
-                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-            (folder / "config.json").write_text(config)
-        except OSError as error:
-            fail(
-                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
-                "--run-name, --resume the run or await its end."
-            )
+        folder.mkdir(parents=True, exist_ok=args.resume)
+        config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+        (folder / "config.json").write_text(config)
+        self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.truncate(min(csv_size, self.csv.tell()))
         self.csv.seek(0, os.SEEK_END)
         self.events = SummaryWriter(str(folder), purge_step=step + 1)
@@ -550,7 +520,7 @@ class Logger:
         self.bar.update(step - self.bar.n)
 
     def close(self):
-        """Close the files, which ends the lock."""
+        """Close the files and the bar."""
         self.csv.close()
         self.events.close()
         self.bar.close()
@@ -558,26 +528,19 @@ class Logger:
 
 @contextmanager
 def one_sentence(args):
-    """Whatever ends the run within, end it with one sentence and the way to continue it.
-
-    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
-
-    def end(sentence, code=1):
+    """End what breaks down within with one sentence, with the way to continue a run."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if (run_folder(args) / "checkpoint.pt").exists():
             fail(
                 f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
                 f"--output-dir {shlex.quote(args.output_dir)}",
-                code,
+                code=1,
             )
-        fail(sentence, max(code, 2))
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
-    try:
-        yield
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        end(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})")
+        fail(sentence)
 
 
 # ---- The algorithm's core: scores, transformed advantages, block Kaczmarz --------------------
@@ -594,21 +557,18 @@ class LayerScores(NamedTuple):
 def check_tape(layers, calls, batch):
     """Raise TypeError for a layer of which (5) to (7) and (12) do not hold."""
     owned = [p for m in layers for p in m.parameters(recurse=False)]
+    trained = sum(p.requires_grad for p in set(owned)) == len(owned)
     for m, name in layers.items():
-        outputs = [output for layer, _, output in calls if layer is m]
+        outputs = [(len(output), output._version) for layer, _, output in calls if layer is m]
         plain = (1, (1, 1), "zeros")
         conv = type(m) is nn.Conv2d and (m.groups, m.dilation, m.padding_mode) == plain
-        if not conv and type(m) is not nn.Linear:
-            problem = "is no Linear and no plain Conv2d"
-        elif len(outputs) != 1 or len(outputs[0]) != batch:
-            problem = "is not called once with a row a sample"
-        elif outputs[0]._version > 0:
-            problem = "has its output overwritten in place"
-        elif sum(p.requires_grad for p in set(owned)) < len(owned):
-            problem = "or another is no trained layer with parameters of its own"
-        else:
-            continue
-        raise TypeError(f"layer {name} {m} {problem}: use --jacobian vmap")
+        known = conv or type(m) is nn.Linear
+        if not known or outputs != [(batch, 0)] or not trained:
+            raise TypeError(
+                f"layer {name} {m} must be Linear or a plain Conv2d, called once with a row a "
+                "sample and not changed in place, no parameter frozen or shared: "
+                "rat_continuous.py has vmap_scores for all else"
+            )
 
 
 def patches(conv, x):
@@ -692,19 +652,6 @@ def tape_scores(actor, obs, actions, kernel_memory=512):
     return scores
 
 
-@torch.no_grad()
-def vmap_scores(actor, obs, actions):
-    """The same, materialised, for most modules: each parameter is a layer with the input 1."""
-
-    def log_prob(params, obs, action):
-        return functional_call(actor, params, obs[None]).log_prob(action[None])[0]
-
-    params = {name: p for name, p in actor.named_parameters() if p.requires_grad}
-    rows = vmap(grad(log_prob), in_dims=(None, 0, 0), chunk_size=128)(params, obs, actions)
-    one = obs.new_ones(len(obs), 1)
-    return [LayerScores([p], one, rows[name].flatten(1)) for name, p in params.items()]
-
-
 def kernel(scores):
     """H H^T [B, B], (5)."""
     return sum((s.grad_out @ s.grad_out.T) * (s.x @ s.x.T) for s in scores)
@@ -757,56 +704,67 @@ def solve(scores, rhs, ratio, damping):
     return solution.to(rhs.dtype)
 
 
+def kaczmarz_step(scores, y, ratio, damping, previous):
+    """g_j of (3): minimiser of |y - H g|^2_Sigma + damping |g - previous|^2, (1) for previous 0.
+
+    previous, g_{j-1}, and the result map parameters to tensors of their shapes."""
+    residual = y - product(scores, previous)  # [B]
+    increment = transposed_product(scores, solve(scores, residual, ratio, damping))
+    return {p: g + increment.get(p, 0) for p, g in previous.items()}  # 0 where p is frozen
+
+
+def block_scores(args, actor, block):
+    """H of a block of samples, by layer."""
+    return tape_scores(actor, block.obs, block.actions, args.kernel_memory)
+
+
 @torch.no_grad()
-def rat_direction(
-    actor,
-    obs,
-    actions,
-    advantages,
-    weights,
-    damping,
-    previous=None,
-    jacobian="tape",
-    kernel_memory=512,
-):
-    """g_j of (3), minimiser of |y - H g|^2_Sigma + damping |g - previous|^2; (1) without previous.
+def rat_direction(actor, obs, actions, advantages, weights, damping, previous=None):
+    """kaczmarz_step for a policy, by itself: an ascent direction, one tensor a parameter.
 
     advantages are y [B], used as given; weights are the ratios w [B], rows of weight 0 drop out;
-    previous is g_{j-1}. Returns an ascent direction, one tensor per actor.parameters(). Raises
-    FloatingPointError where scores or advantages are not finite, others as tape_scores."""
-    if jacobian == "tape":
-        scores = tape_scores(actor, obs, actions, kernel_memory)
-    else:
-        scores = vmap_scores(actor, obs.float(), actions)
+    previous is one tensor per actor.parameters(), as the result. Raises FloatingPointError where
+    scores or advantages are not finite, TypeError as tape_scores."""
+    scores = tape_scores(actor, obs, actions)
     if previous is None:
         previous = [torch.zeros_like(p) for p in actor.parameters()]
     remembered = dict(zip(actor.parameters(), previous, strict=True))
-    residual = advantages - product(scores, remembered)  # y - H g_{j-1}, [B]
-    increment = transposed_product(scores, solve(scores, residual, weights, damping))
-    return [g + increment.get(p, 0) for p, g in remembered.items()]  # 0 where p is frozen
+    return list(kaczmarz_step(scores, advantages, weights, damping, remembered).values())
 
 
+@torch.no_grad()
 def kaczmarz_direction(args, actor, block, previous):
-    """Direction to apply for a block of samples, its norm, what the next block gets as previous.
+    """What to apply for a block of samples, what the next block gets as previous, metrics.
 
-    g_j of (3) is clipped only when applied, and remembered unclipped within a rollout."""
+    track:   g_j of (3), the damping relative to the mean squared score, in units of the policy:
+             over its Fisher norm, (4b). Remembered across rollouts, in part.
+    paper:   g_j of (3), clipped only when applied, (4); remembered within a rollout.
+    release: d_j = clip(increment for y + H d_{j-1}), remembered across rollouts: the published
+             code's rule. Against (3) the sign of H d is flipped, increments do not accumulate.
+    off:     the increment for y, (1) on every block; nothing is remembered."""
     y = normalized(block.advantages)
     log_ratio = actor(block.obs).log_prob(block.actions) - block.log_prob
     ratio = log_ratio.exp().clamp(0.1, 10)  # w
-    direction = rat_direction(
-        actor,
-        block.obs,
-        block.actions,
-        y,
-        ratio,
-        args.damping,
-        previous,
-        args.jacobian,
-        args.kernel_memory,
-    )
-    norm = nn.utils.get_total_norm(direction)
-    factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-    return [g * factor for g in direction], norm, direction  # (4)
+    scores = block_scores(args, actor, block)
+    trace = (ratio * score_norm_sq(scores)).mean()  # of S H H^T S
+    track = args.kaczmarz == "track"
+    damping = args.damping * (trace if track else 1)
+    direction = kaczmarz_step(scores, y, ratio, damping, previous)
+    if args.kaczmarz == "release":
+        direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
+    fisher_norm = (ratio * product(scores, direction).square()).mean().sqrt()
+    factor = args.max_grad_norm / (nn.utils.get_total_norm(direction.values()) + 1e-6)
+    factor = 1 / (fisher_norm + 1e-6) if track else factor.clamp(max=1)  # (4b), (4)
+    applied = {p: g * factor for p, g in direction.items()}
+    share = {"track": 1, "paper": 1, "release": -factor, "off": 0}[args.kaczmarz]
+    remembered = {p: share * g for p, g in direction.items()}
+    metrics = {
+        "rat/damping": damping,
+        "rat/relative_damping": damping / trace,
+        "rat/fisher_norm": fisher_norm,
+        "rat/agreement": (y * normalized(product(scores, previous))).mean(),
+    }
+    return applied, remembered, metrics
 
 
 # ---- Training --------------------------------------------------------------------------------
@@ -817,7 +775,6 @@ def main(args: Args):
     saved = {}
     if args.resume:
         saved = load_checkpoint(args)
-        check_resumed(args, saved)
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
     learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
@@ -838,10 +795,9 @@ def main(args: Args):
         vars(scaled.return_rms).update(saved["reward_statistics"])
         games.return_queue.extend(saved["episodes"][0])
         games.length_queue.extend(saved["episodes"][1])
-    if args.jacobian == "tape":
-        tape_chunk(actor, obs, actor(obs).mode)  # refuses before there is a run folder
+    zeros = [torch.zeros_like(p) for p in actor.parameters()]
+    previous = dict(zip(actor.parameters(), saved.get("previous", zeros)))  # g_{j-1}
     logger = Logger(args, global_step, saved.get("csv_size", 0))
-    print(f"{args.env_id}: tensorboard --logdir {run_folder(args)}", file=sys.stderr)
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -849,6 +805,7 @@ def main(args: Args):
             "agent": agent.state_dict(),
             "optimizer": optimizer.state_dict(),
             "learning_rate": learning_rate,
+            "previous": list(previous.values()),
             "reward_statistics": {k: float(v) for k, v in vars(scaled.return_rms).items()},
             "eval_return": eval_return,
             "global_step": global_step,
@@ -870,15 +827,15 @@ def main(args: Args):
             samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
         # Actor
-        norms = []
-        previous = None  # g_0 = 0
-        with torch.no_grad():
-            for _ in range(args.update_epochs):
-                for block in minibatches(samples, args.num_minibatches):
-                    direction, norm, previous = kaczmarz_direction(args, actor, block, previous)
-                    for p, d in zip(actor.parameters(), direction):
-                        p.add_(d, alpha=learning_rate)  # (4)
-                    norms.append(norm)
+        blocks = []
+        previous = {p: args.memory * g for p, g in previous.items()}  # g_0
+        for _ in range(args.update_epochs):
+            for block in minibatches(samples, args.num_minibatches):
+                step, previous, measured = kaczmarz_direction(args, actor, block, previous)
+                with torch.no_grad():
+                    for p, d in step.items():
+                        p.add_(d, alpha=learning_rate)
+                blocks.append(measured)
 
         # Critic
         value_loss = fit_critic(args, critic, optimizer, samples)
@@ -893,10 +850,12 @@ def main(args: Args):
         metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
         metrics["charts/learning_rate"] = learning_rate
         metrics["losses/value_loss"] = value_loss
-        metrics["rat/direction_norm"] = torch.stack(norms).mean()  # before the clip
+        for name in blocks[0]:
+            metrics[name] = np.mean([float(measured[name]) for measured in blocks])
         logger.write(global_step, metrics)
         kl = metrics["losses/kl"].item()
-        learning_rate = adapt_learning_rate(learning_rate, kl, 0.004, args.learning_rate)
+        largest = np.inf if args.kaczmarz == "track" else args.learning_rate
+        learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
         save()
 
     logger.close()

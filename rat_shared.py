@@ -18,20 +18,16 @@ Run: python rat_shared.py --env-id HalfCheetah-v5. Equation numbers: docs/algori
         step the environments with the policy                            collect
         advantages and returns                                           gae
         drop the steps that only reset, renew the running statistics     gather_samples
-        for each pass, for each block of samples:                        minibatches
-            A, C = (lambda I + H H^T Sigma)^-1 [y, 1]                    rat_targets, (2)
-            L = -mean(ratio A) + mean((V - R)^2 C)                       joint_loss, (8)
-            theta = theta + eta clip(-grad L)                            joint_direction, (4)
+        for each block of samples, t = (eta y, beta (R - V)):            minibatches
+            D = D + H^T Sigma (lambda I + H H^T Sigma)^-1 (t - H D)      kaczmarz_step, (3)
+            theta = theta + D                                            joint_step, (8b)
         adapt eta to the KL divergence                                   adapt_learning_rate
         write a row of metrics and a checkpoint                          Logger, save_checkpoint
 """
 
 import json
-import math
 import os
-import random
 import shlex
-import signal
 import sys
 import time
 import traceback
@@ -49,11 +45,6 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
-
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
 torch.set_float32_matmul_precision("highest")  # TF32 would round the kernel's products to 10 bits
@@ -68,24 +59,38 @@ class Args:
     num_envs: int = 32  # environments stepped side by side
     num_steps: int = 64  # steps of each environment in one rollout
     vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
-    kaczmarz: Literal["paper", "release", "off"] = "release"  # what a block remembers of others
-    update_epochs: int = 4  # passes over the rollout
+    kaczmarz: Literal["track", "paper", "release", "off"] = "track"  # the update, see RULES
+    update_epochs: int | None = None  # passes over the rollout
     num_minibatches: int = 4  # blocks in a pass
-    damping: float = 0.1  # lambda of equation (1), > 0
-    vf_coef: float = 1.0  # weight of the critic in the loss (8), > 0
-    ent_coef: float = 0.0  # weight of the entropy in the loss (8), >= 0
-    learning_rate: float = 0.05  # first and largest step size; the KL adapts it below that
-    max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu of equation (4)
+    damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
+    memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
+    kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
+    vf_coef: float = 1.0  # weight of the critic in (8) and (8b), > 0
+    critic_step: float = 0.5  # share of its error that a block corrects, beta of (8b); track only
+    learning_rate: float = 0.05  # first step size, and the largest except with track
+    max_grad_norm: float = 0.5  # l2 bound nu of (4); track has none
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
     seed: int = 1  # of networks, sampling and environments
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the networks
     run_name: str = ""  # folder below output_dir; default {env_id}__{script}__{seed}__{time}
     output_dir: str = "runs"  # where run folders go
-    resume: bool = False  # continue run_name: what is not given is as that run had it
+    resume: bool = False  # continue run_name, with that run's arguments but for those given
 
     def __post_init__(self):
-        check_args(self, may_be_zero=("seed", "resume", "ent_coef"))
+        for name, value in zip(RULES["set"], RULES[self.kaczmarz]):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check_args(self, may_be_zero=("seed", "resume", "memory"))
+
+
+RULES = {  # --kaczmarz: the defaults of what depends on it
+    "set": ("update_epochs", "damping", "memory", "kl_low"),
+    "track": (1, 0.03, 0.9, 0.008),
+    "paper": (4, 0.1, 0.0, 0.005),
+    "release": (4, 0.1, 1.0, 0.005),
+    "off": (4, 0.1, 0.0, 0.005),
+}
 
 
 # ---- Environments ----------------------------------------------------------------------------
@@ -94,20 +99,13 @@ class Args:
 def make_envs(args, seeds):
     """Vector environment in NEXT_STEP mode (the step after `done` only resets), first obs [N, d].
 
-    seeds: one for each environment. Ends the program where the environment cannot be made."""
+    seeds: one for each environment. Ends the program where the networks do not take its spaces."""
     gym.logger.min_level = gym.logger.ERROR  # "v4 is out of date" is the caller's choice, not news
-    try:
-        if args.vectorization == "envpool":
-            envs = make_envpool(args, seeds)
-            seeds = None  # EnvPool takes them only there
-        else:
-            mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-            envs = gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=mode)
-    except Exception as error:  # whatever an import or a constructor raises
-        fail(
-            f"--env-id {args.env_id} --vectorization {args.vectorization} cannot be made "
-            f"({type(error).__name__}): {error}"
-        )
+    if args.vectorization == "envpool":
+        envs = make_envpool(args, seeds)
+        seeds = None  # EnvPool takes them only there
+    else:
+        envs = gym.make_vec(args.env_id, args.num_envs, "sync")
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
     obs, _ = envs.reset(seed=seeds)
@@ -156,9 +154,9 @@ class ObsNormalizer(nn.Module):
 
     def __init__(self, obs_dim):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("var", torch.zeros(obs_dim, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(obs_dim).double())
+        self.register_buffer("var", torch.zeros(obs_dim).double())
+        self.register_buffer("count", torch.zeros(()).double())
 
     def forward(self, obs):
         std = (self.var + 1 / (self.count + 1) + 1e-5).sqrt()
@@ -178,13 +176,12 @@ class ObsNormalizer(nn.Module):
 class PopArt(nn.Module):
     """Linear value head over returns normalised by running moments (van Hasselt et al. 2016)."""
 
-    def __init__(self, in_features, beta=0.99999):
+    def __init__(self, in_features):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
-        self.beta = beta
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # of 1, R, R^2
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("std", torch.ones((), dtype=torch.float64))
+        self.register_buffer("moments", torch.zeros(3).double())  # of 1, R, R^2
+        self.register_buffer("mean", torch.zeros(()).double())
+        self.register_buffer("std", torch.ones(()).double())
 
     def forward(self, features):
         """Values [B] in normalised units of features [B, in_features]."""
@@ -195,7 +192,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1 - self.beta)
+        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -203,81 +200,65 @@ class PopArt(nn.Module):
         self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-class GaussianHead(nn.Module):
-    """Diagonal Gaussian of a Box action before its tanh, whose Jacobian cancels in all ratios."""
-
-    def __init__(self, in_features, action_space):
-        super().__init__()
-        (act_dim,) = action_space.shape
-        self.mean = nn.Linear(in_features, act_dim)
-        self.log_std = nn.Linear(1, act_dim, bias=False)  # log sigma: a layer with the input 1
-        nn.init.zeros_(self.log_std.weight)
-        self.register_buffer("low", torch.tensor(action_space.low))
-        self.register_buffer("high", torch.tensor(action_space.high))
-
-    def forward(self, features):
-        std = self.log_std(features.new_ones(len(features), 1)).exp()  # [B, act_dim]
-        return Independent(Normal(self.mean(features), std), 1)
-
-    def env_action(self, action):
-        """The policy's actions [B, act_dim] within the bounds of the Box."""
-        env_action = self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
-        return env_action.minimum(self.high)  # rounding may lie above
-
-
-class CategoricalHead(nn.Module):
-    """Probabilities of Discrete actions."""
-
-    def __init__(self, in_features, action_space):
-        super().__init__()
-        self.logits = nn.Linear(in_features, int(action_space.n))
-        self.start = int(action_space.start)
-
-    def forward(self, features):
-        return Categorical(logits=self.logits(features))
-
-    def env_action(self, action):
-        """The policy's actions [B], counted from 0, as the space counts them."""
-        return action + self.start
-
-
 class PolicyAndValue(NamedTuple):
-    """What the network says of B observations, as a likelihood of actions and drawn values."""
+    """What the network says of B observations, as a likelihood of which H holds the gradients."""
 
     policy: Distribution
     value: Tensor  # in PopArt's units, [B]
 
     def log_prob(self, drawn):
-        """[B], with the gradient grad log pi(a_i|s_i) + 2 eps_i grad V(s_i); drawn is (a, eps).
+        """[B] for drawn (a, eps): its gradients are grad log pi(a_i|s_i) + 2 eps_i grad V(s_i).
 
-        The published code's choice: a Gaussian of variance 1/2 around V, drawn with variance 1."""
+        The published code's choice: a Gaussian of variance 1/2 around V, drawn with variance 1.
+        For eps None log pi(a_i|s_i) of the batch's first half and V(s_i) of its second."""
         actions, epsilon = drawn
-        drawn_value = (self.value + epsilon).detach()
-        return self.policy.log_prob(actions) - (self.value - drawn_value).square()
+        log_prob = self.policy.log_prob(actions)
+        if epsilon is None:
+            half = len(log_prob) // 2
+            return torch.cat([log_prob[:half], self.value[half:]])
+        return log_prob - (self.value - (self.value + epsilon).detach()).square()
 
 
 class Agent(nn.Module):
-    """All that it takes to play: observation statistics, one trunk, heads of policy and value."""
+    """All that it takes to play: observation statistics, one trunk, heads of policy and value.
+
+    Box actions: a diagonal Gaussian of the action before its tanh, whose Jacobian cancels in all
+    ratios. Discrete actions: their probabilities, counted from 0."""
 
     def __init__(self, observation_space, action_space, hidden=256):
         super().__init__()
         (obs_dim,) = observation_space.shape
-        head = GaussianHead if isinstance(action_space, gym.spaces.Box) else CategoricalHead
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.normalizer = ObsNormalizer(obs_dim)
         self.trunk = nn.Sequential(
             nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
-        self.head = head(hidden, action_space)
         self.popart = PopArt(hidden)
+        if self.discrete:
+            self.start = int(action_space.start)
+            self.head = nn.Linear(hidden, int(action_space.n))
+        else:
+            (act_dim,) = action_space.shape
+            self.head = nn.Linear(hidden, act_dim)
+            self.log_std = nn.Linear(1, act_dim, bias=False)  # log sigma: the input is 1
+            nn.init.zeros_(self.log_std.weight)
+            self.register_buffer("low", torch.tensor(action_space.low))
+            self.register_buffer("high", torch.tensor(action_space.high))
 
     def forward(self, obs):
         """PolicyAndValue of normalised obs [B, obs_dim]."""
         features = self.trunk(obs)
-        return PolicyAndValue(self.head(features), self.popart(features))
+        outputs = self.head(features)  # [B, act_dim] or [B, actions]
+        if self.discrete:
+            policy = Categorical(logits=outputs)
+        else:
+            std = self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, act_dim]
+            policy = Independent(Normal(outputs, std), 1)
+        return PolicyAndValue(policy, self.popart(features))
 
     def policy(self, obs):
         """Distribution of the actions at normalised obs [B, obs_dim]."""
-        return self.head(self.trunk(obs))
+        return self(obs).policy
 
     def value(self, obs):
         """Values in units of reward of raw obs [..., obs_dim]."""
@@ -289,7 +270,10 @@ class Agent(nn.Module):
         """Raw obs [B, obs_dim] to the policy's sample (or mode) and the environment's action."""
         policy = self.policy(self.normalizer(obs))
         action = policy.mode if deterministic else policy.sample()  # [B, act_dim] or [B]
-        return action, self.head.env_action(action)
+        if self.discrete:
+            return action, action + self.start
+        env_action = self.low + (action.tanh() + 1) / 2 * (self.high - self.low)
+        return action, env_action.minimum(self.high)  # rounding may lie above
 
 
 # ---- What every script has: arguments, rollout, files ----------------------------------------
@@ -314,8 +298,8 @@ def check_args(args, may_be_zero=("seed", "resume")):
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
-        if name in ("gamma", "gae_lambda") and value > 1:
-            raise ValueError(f"{flag} must lie in (0, 1].")
+        if name in ("gamma", "gae_lambda", "memory") and value > 1:
+            raise ValueError(f"{flag} must be at most 1.")
         if name.endswith("minibatches") and value > blocks:
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
     if args.num_steps < 2:
@@ -335,11 +319,9 @@ def check_finite(what, value):
 
 
 def seed_generators(args, global_step):
-    """Seed all generators by the run's seed and its steps so far; a seed for each environment."""
+    """Seed PyTorch by the run's seed and its steps so far; a seed for each environment."""
     generator = np.random.default_rng((args.seed, global_step))
     first, *env_seeds = generator.integers(2**31, size=1 + args.num_envs).tolist()
-    random.seed(first)
-    np.random.seed(first)
     torch.manual_seed(first)
     return env_seeds
 
@@ -465,16 +447,10 @@ def run_folder(args):
 
 
 def save_checkpoint(args, state):
-    """Replace checkpoint.pt in one step: whatever happens leaves the old file or the new one."""
+    """Replace checkpoint.pt in one step: a run that is killed leaves the old file or the new."""
     partial = run_folder(args) / "checkpoint.partial"
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, run_folder(args) / "checkpoint.pt")
-    finally:
-        partial.unlink(missing_ok=True)
+    torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, partial)
+    os.replace(partial, run_folder(args) / "checkpoint.pt")
 
 
 def load_checkpoint(args):
@@ -493,21 +469,6 @@ def load_checkpoint(args):
     return saved
 
 
-def check_resumed(args, saved):
-    """Refuse arguments that would make it another run, all at once."""
-    may_change = "total_timesteps vectorization device run_name output_dir resume kernel_memory"
-    theirs = vars(saved["args"])
-    changed = [n for n, v in vars(args).items() if n not in may_change.split() and v != theirs[n]]
-    if changed:
-        values = ", ".join(f"--{n.replace('_', '-')} is {theirs[n]}" for n in changed)
-        fail(f"--resume: in {run_folder(args)} {values}: leave that out.")
-    if args.total_timesteps < saved["global_step"]:
-        fail(
-            f"--total-timesteps {args.total_timesteps}: {saved['global_step']} steps are done, "
-            "give more or leave it out."
-        )
-
-
 def parse_args():
     """The command line as Args; with --resume, what it leaves out is as the run had it."""
     args = tyro.cli(Args)
@@ -520,27 +481,14 @@ class Logger:
     """progress.csv, TensorBoard events and, on a terminal, a progress bar.
 
     Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
-    checkpoint does not know. Refuses a folder that it cannot write or that another process has."""
+    checkpoint does not know. Raises FileExistsError for a folder of another run."""
 
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
-        if args.total_timesteps < args.num_envs * args.num_steps:
-            fail(
-                f"--total-timesteps {args.total_timesteps} is less than one rollout, "
-                f"num_envs * num_steps = {args.num_envs * args.num_steps}."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=args.resume)
-            self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
-            if fcntl is not None:
-                fcntl.flock(self.csv, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-            config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-            (folder / "config.json").write_text(config)
-        except OSError as error:
-            fail(
-                f"cannot take {folder} ({error.strerror}): take another --output-dir or "
-                "--run-name, --resume the run or await its end."
-            )
+        folder.mkdir(parents=True, exist_ok=args.resume)
+        config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
+        (folder / "config.json").write_text(config)
+        self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.truncate(min(csv_size, self.csv.tell()))
         self.csv.seek(0, os.SEEK_END)
         self.events = SummaryWriter(str(folder), purge_step=step + 1)
@@ -566,7 +514,7 @@ class Logger:
         self.bar.update(step - self.bar.n)
 
     def close(self):
-        """Close the files, which ends the lock."""
+        """Close the files and the bar."""
         self.csv.close()
         self.events.close()
         self.bar.close()
@@ -574,29 +522,22 @@ class Logger:
 
 @contextmanager
 def one_sentence(args):
-    """Whatever ends the run within, end it with one sentence and the way to continue it.
-
-    Exit code 1, or 2 where nothing was trained yet, or 128 + n after signal n."""
-
-    def end(sentence, code=1):
+    """End what breaks down within with one sentence, with the way to continue a run."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if (run_folder(args) / "checkpoint.pt").exists():
             fail(
                 f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
                 f"--output-dir {shlex.quote(args.output_dir)}",
-                code,
+                code=1,
             )
-        fail(sentence, max(code, 2))
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: end(f"stopped by signal {n}", 128 + n))
-    try:
-        yield
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        end(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})")
+        fail(sentence)
 
 
-# ---- The algorithm's core: scores, targets of actor and critic, block Kaczmarz ---------------
+# ---- The algorithm's core: scores, block Kaczmarz, one least squares for both ----------------
 
 
 class LayerScores(NamedTuple):
@@ -631,21 +572,14 @@ def tape_scores(actor, obs, actions):
 def check_tape(layers, calls, batch):
     """Raise TypeError for a layer of which (5) to (7) do not hold."""
     owned = [p for m in layers for p in m.parameters(recurse=False)]
+    trained = sum(p.requires_grad for p in set(owned)) == len(owned)
     for m, name in layers.items():
-        outputs = [output for layer, _, output in calls if layer is m]
-        if type(m) is not nn.Linear:
-            problem = "is no Linear"
-        elif len(outputs) != 1 or len(outputs[0]) != batch:
-            problem = "is not called once with a row a sample"
-        elif outputs[0]._version > 0:
-            problem = "has its output overwritten in place"
-        elif sum(p.requires_grad for p in set(owned)) < len(owned):
-            problem = "or another is no trained Linear with parameters of its own"
-        else:
-            continue
-        raise TypeError(
-            f"layer {name} {m} {problem}: use Linear, or rat_continuous.py --jacobian vmap"
-        )
+        outputs = [(len(output), output._version) for layer, _, output in calls if layer is m]
+        if type(m) is not nn.Linear or outputs != [(batch, 0)] or not trained:
+            raise TypeError(
+                f"layer {name} {m} must be Linear, called once with a row a sample and not changed "
+                "in place, no parameter frozen or shared: rat_continuous.py has --jacobian vmap"
+            )
 
 
 def kernel(scores):
@@ -665,6 +599,17 @@ def product(scores, v):
         columns = [v[p].view(s.grad_out.shape[1], -1) for p in s.params]
         total = total + ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
     return total
+
+
+def transposed_product(scores, u):
+    """H^T u, (7), of u [B]: maps parameters to tensors of their shapes."""
+    result = {}
+    for s in scores:
+        matrix = (u[:, None] * s.grad_out).T @ s.x  # [d_out, d_in (+ 1)]
+        widths = [p.numel() // len(matrix) for p in s.params]
+        for p, columns in zip(s.params, matrix.split(widths, 1)):
+            result[p] = columns.reshape(p.shape)
+    return result
 
 
 def solve(scores, rhs, ratio, damping):
@@ -689,57 +634,68 @@ def solve(scores, rhs, ratio, damping):
     return solution.to(rhs.dtype)
 
 
+def kaczmarz_step(scores, y, ratio, damping, previous):
+    """g_j of (3): minimiser of |y - H g|^2_Sigma + damping |g - previous|^2, (1) for previous 0.
+
+    previous, g_{j-1}, and the result map parameters to tensors of their shapes."""
+    residual = y - product(scores, previous)  # [B]
+    increment = transposed_product(scores, solve(scores, residual, ratio, damping))
+    return {p: g + increment.get(p, 0) for p, g in previous.items()}  # 0 where p is frozen
+
+
 @torch.no_grad()
-def rat_targets(model, obs, actions, epsilon, advantages, weights, damping, previous=None):
-    """Transformed advantages A of the actor and C of the critic, [2, B], zero where weights are.
+def joint_step(args, agent, block, previous, learning_rate):
+    """--kaczmarz track: what to add to theta for a block, the next block's previous, metrics.
 
-    They are (damping I + H H^T Sigma)^-1 of y - H previous and of 1 - H previous. epsilon [B] is
-    drawn from N(0, 1); advantages are y [B], used as given; weights are the ratios w [B]; previous
-    is one tensor per model.parameters(). Raises FloatingPointError where scores or advantages are
-    not finite, TypeError as tape_scores."""
-    scores = tape_scores(model, obs, (actions, epsilon))
-    rhs = torch.stack([advantages, torch.ones_like(advantages)])  # [2, B]
-    if previous is not None:
-        rhs = rhs - product(scores, dict(zip(model.parameters(), previous, strict=True)))
-    weighted = solve(scores, rhs, weights, damping)  # Sigma A, Sigma C
-    return (weighted * weights.count_nonzero() / weights).where(weights > 0, 0)
+    D of (8b): the policy's rows h_i and the critic's v_i = grad V(s_i) in one least squares, the
+    policy's to follow eta y, the critic's to correct the share beta of its error."""
+    y = normalized(block.advantages)
+    policy, value = agent(block.obs)
+    ratio = (policy.log_prob(block.actions) - block.log_prob).exp().clamp(0.1, 10)  # w
+    obs, actions = (torch.cat([x, x]) for x in (block.obs, block.actions))
+    scores = tape_scores(agent, obs, (actions, None))  # H = (h; v), 2B rows
+    policy_norms, value_norms = score_norm_sq(scores).chunk(2)  # |h_i|^2, |v_i|^2
+    trace = (ratio * policy_norms).mean()
+    value_weight = args.vf_coef * trace / value_norms.mean()  # c^2
+    weights = torch.cat([ratio, value_weight.expand(len(y))])
+    targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
+    step = kaczmarz_step(scores, targets, weights, args.damping * trace, previous)
+    change = product(scores, step)[: len(y)]  # of log pi(a_i|s_i), to first order
+    metrics = {
+        "rat/damping": args.damping * trace,
+        "rat/fisher_norm": (ratio * change.square()).mean().sqrt(),
+        "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
+    }
+    return step, step, metrics
 
 
-def joint_loss(args, policy, value, ratio, returns, a, c):
-    """L = -mean(ratio A) - ent_coef mean(entropy) + vf_coef mean((V - R)^2 C), (8).
-
-    a and c are rat_targets', without gradient; value and returns are in PopArt's units. -grad L is
-    not exactly H^T Sigma A: H holds the drawn eps, L the real error V - R."""
-    actor_loss = -(ratio * a).mean()
-    entropy = policy.entropy().mean()
-    critic_loss = ((value - returns).square() * c).mean()
-    return actor_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
-
-
-def joint_direction(args, agent, block, previous):
-    """Direction to apply for a block of samples, its norm, what the next block gets as previous.
+def sampled_step(args, agent, block, previous, learning_rate):
+    """The other rules, whose critic is drawn into the scores: as joint_step.
 
     paper:   g_j = g_{j-1} - grad L, clipped only when applied; remembered within a rollout.
     release: d_j = clip(-grad L) for y + H d_{j-1} and 1 + H d_{j-1}, remembered across rollouts:
              the published code's rule.
-    off:     -grad L for y and 1 on every block; nothing is remembered."""
+    off:     -grad L for y and 1 on every block; nothing is remembered.
+
+    L is (8). -grad L is not exactly H^T Sigma A: H holds the drawn eps, L the error V - R."""
     policy, value = agent(block.obs)
     log_ratio = policy.log_prob(block.actions) - block.log_prob
-    ratio = log_ratio.clamp(math.log(0.1), math.log(10)).exp()  # exp() first may overflow
-    weights = ratio.detach()  # w
+    ratio = log_ratio.clamp(np.log(0.1), np.log(10)).exp()  # exp() first may overflow
     y = normalized(block.advantages)
-    epsilon = torch.randn_like(y)
-    problem = (agent, block.obs, block.actions, epsilon, y, weights, args.damping)
-    a, c = rat_targets(*problem, previous)
-    loss = joint_loss(args, policy, value, ratio, block.returns, a, c)
-    direction = [-g for g in torch.autograd.grad(loss, list(agent.parameters()))]
+    scores = tape_scores(agent, block.obs, (block.actions, torch.randn_like(y)))
+    rhs = torch.stack([y, torch.ones_like(y)]) - product(scores, previous)  # [2, B]
+    weights = ratio.detach()
+    a, c = solve(scores, rhs, weights, args.damping) * len(y) / weights  # of actor and critic, (2)
+    gain = (a * ratio - args.vf_coef * c * (value - block.returns).square()).mean()  # -L, (8)
+    direction = dict(zip(previous, torch.autograd.grad(gain, list(previous))))
     if args.kaczmarz == "paper":
-        direction = [p + d for p, d in zip(previous, direction)]
-    norm = nn.utils.get_total_norm(direction)
-    factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-    applied = [g * factor for g in direction]  # (4)
-    remembered = {"paper": direction, "release": [-d for d in applied], "off": previous}
-    return applied, norm, remembered[args.kaczmarz]
+        direction = {p: previous[p] + d for p, d in direction.items()}
+    norm = nn.utils.get_total_norm(direction.values())
+    factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # (4)
+    share = {"paper": 1, "release": -factor, "off": 0}[args.kaczmarz]
+    remembered = {p: share * d for p, d in direction.items()}
+    step = {p: learning_rate * factor * d for p, d in direction.items()}
+    return step, remembered, {"rat/direction_norm": norm}  # before the clip
 
 
 # ---- Training --------------------------------------------------------------------------------
@@ -750,7 +706,6 @@ def main(args: Args):
     saved = {}
     if args.resume:
         saved = load_checkpoint(args)
-        check_resumed(args, saved)
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
     learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
@@ -764,22 +719,15 @@ def main(args: Args):
         envs.return_queue.extend(saved["episodes"][0])
         envs.length_queue.extend(saved["episodes"][1])
     zeros = [torch.zeros_like(p) for p in agent.parameters()]
-    previous = saved.get("previous", zeros)  # g_{j-1} or -d_{j-1}
-    action, _ = agent.act(obs)
-    tape_scores(agent, agent.normalizer(obs), (action, done))  # refuses: no run folder yet
+    previous = dict(zip(agent.parameters(), saved.get("previous", zeros)))  # of the block before
     logger = Logger(args, global_step, saved.get("csv_size", 0))
-    task = getattr(envs.spec, "id", args.env_id)  # with the version that was made
-    print(
-        f"{task}, curves: tensorboard --logdir {shlex.quote(str(run_folder(args)))}",
-        file=sys.stderr,
-    )
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
         state = {
             "agent": agent.state_dict(),
             "learning_rate": learning_rate,
-            "previous": previous,
+            "previous": list(previous.values()),
             "global_step": global_step,
             "wall_seconds": time.time() - started,
             "csv_size": logger.csv.tell(),
@@ -799,37 +747,36 @@ def main(args: Args):
             samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
         # Actor and critic
-        norms = []
-        if args.kaczmarz == "paper":
-            previous = zeros  # g_0
+        blocks = []
+        previous = {p: args.memory * g for p, g in previous.items()}
+        update = joint_step if args.kaczmarz == "track" else sampled_step
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
-                direction, norm, previous = joint_direction(args, agent, block, previous)
+                step, previous, measured = update(args, agent, block, previous, learning_rate)
                 with torch.no_grad():
-                    for p, d in zip(agent.parameters(), direction):
-                        p.add_(d, alpha=learning_rate)  # (4)
-                norms.append(norm)
+                    for p, d in step.items():
+                        p.add_(d)
+                blocks.append(measured)
 
         # Metrics, step size, checkpoint
-        epsilon = torch.randn_like(samples.returns)
-        scores = tape_scores(agent, samples.obs, (samples.actions, epsilon))
         metrics = rollout_metrics(agent, old_policy, samples)
         metrics |= run_metrics(envs, global_step, started)
         metrics["charts/learning_rate"] = learning_rate
         error = agent(samples.obs).value.detach() - samples.returns
         metrics["losses/value_loss"] = error.square().mean()
-        metrics["rat/direction_norm"] = torch.stack(norms).mean()  # before the clip
-        metrics["rat/score_norm_sq"] = score_norm_sq(scores).mean()  # to hold against damping
+        for name in blocks[0]:
+            metrics[name] = np.mean([float(measured[name]) for measured in blocks])
         logger.write(global_step, metrics)
         kl = metrics["losses/kl"].item()
-        learning_rate = adapt_learning_rate(learning_rate, kl, 0.005, args.learning_rate)
+        largest = np.inf if args.kaczmarz == "track" else args.learning_rate
+        learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
         save()
 
     logger.close()
     envs.close()
     print(
-        f"{task}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, with "
-        f"noise, after {global_step} steps; without noise: python enjoy.py "
+        f"{args.env_id}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, "
+        f"with noise, after {global_step} steps; without noise: python enjoy.py "
         f"{shlex.quote(str(run_folder(args) / 'checkpoint.pt'))}"
     )
 
