@@ -537,7 +537,7 @@ def one_sentence(args):
         fail(sentence)
 
 
-# ---- The algorithm's core: scores, block Kaczmarz, one least squares for both ----------------
+# ---- The algorithm's core: scores, block Kaczmarz, actor and critic in one --------------------
 
 
 class LayerScores(NamedTuple):
@@ -658,11 +658,12 @@ def joint_step(args, agent, block, previous, learning_rate):
     trace = (ratio * policy_norms).mean()
     value_weight = args.vf_coef * trace / value_norms.mean()  # c^2
     weights = torch.cat([ratio, value_weight.expand(len(y))])
+    damping = args.damping * (1 + args.vf_coef) / 2 * trace  # relative to the mean over all rows
     targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
-    step = kaczmarz_step(scores, targets, weights, args.damping * trace, previous)
+    step = kaczmarz_step(scores, targets, weights, damping, previous)
     change = product(scores, step)[: len(y)]  # of log pi(a_i|s_i), to first order
     metrics = {
-        "rat/damping": args.damping * trace,
+        "rat/damping": damping,
         "rat/fisher_norm": (ratio * change.square()).mean().sqrt(),
         "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
     }

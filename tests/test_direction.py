@@ -1,4 +1,4 @@
-"""rat_direction and kaczmarz_step against explicit float64 formulas with materialised scores."""
+"""RAT's direction and its rules against explicit float64 formulas with materialised scores."""
 
 import pytest
 import torch
@@ -79,42 +79,107 @@ def kaczmarz_block(seed=0):
     return actor, block, (obs, actions, y, weights)
 
 
+def nothing(actor):
+    return {p: torch.zeros_like(p) for p in actor.parameters()}
+
+
+def three_blocks():
+    """Of each an actor, a block, its y, w and float64 scores; other parameters every time."""
+    for seed in range(3):
+        actor, block, (obs, actions, y, weights) = kaczmarz_block(seed)
+        yield actor, block, y.double(), weights, score_matrix(actor, obs, actions)
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+def test_track_is_its_direct_form_over_three_blocks(memory):
+    """Damping relative to the mean squared score, a step of Fisher norm 1; g is remembered."""
+    args = rat.Args(damping=0.05, memory=memory)
+    g = torch.zeros(1)
+    for actor, block, y, weights, scores in three_blocks():
+        g = memory * g.expand(scores.shape[1]).double()
+        previous = dict(zip(actor.parameters(), like(actor, g)))
+        predicted = scores @ g
+        trace = (weights * scores.square().sum(1)).mean().item()
+        g = primal(scores, y, weights, 0.05 * trace, g)
+        norm = (weights * (scores @ g).square()).mean().sqrt().item()
+        applied, remembered, metrics = rat.kaczmarz_direction(args, actor, block, previous)
+        assert relative(flat(applied.values()), g / norm) < 1e-4
+        assert relative(flat(remembered.values()), g) < 1e-4
+        assert float(metrics["rat/damping"]) == pytest.approx(0.05 * trace, rel=1e-4)
+        assert float(metrics["rat/relative_damping"]) == pytest.approx(0.05, rel=1e-4)
+        assert float(metrics["rat/fisher_norm"]) == pytest.approx(norm, rel=1e-4)
+        agreement = 0.0
+        if predicted.any():
+            agreement = torch.corrcoef(torch.stack([y, predicted]))[0, 1].item()
+        assert float(metrics["rat/agreement"]) == pytest.approx(agreement, abs=1e-4)
+
+
+def like(actor, vector):
+    """A flat float64 vector as a float32 tensor for each parameter."""
+    parts = vector.float().split([p.numel() for p in actor.parameters()])
+    return [part.view_as(p) for part, p in zip(parts, actor.parameters())]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_track_knows_no_units(scale):
+    """Advantages in other units change nothing; log pi times s divides the step by s."""
+    actor, block, _ = kaczmarz_block()
+    first, *_ = rat.kaczmarz_direction(rat.Args(), actor, block, nothing(actor))
+    block = block._replace(advantages=scale * block.advantages - 7)
+    second, *_ = rat.kaczmarz_direction(rat.Args(), actor, block, nothing(actor))
+    assert relative(flat(second.values()), flat(first.values()).double()) < 1e-4
+
+
 def test_release_is_its_direct_form_over_three_blocks():
     """The published code's rule: d_j = clip(increment for y + H d_{j-1}), a plus."""
     args = rat.Args(kaczmarz="release")
-    mine = 0.0
-    for seed in range(3):
-        actor, block, (obs, actions, y, weights) = kaczmarz_block(seed)
-        if seed == 0:
-            previous = [torch.zeros_like(p) for p in actor.parameters()]
-        scores = score_matrix(actor, obs, actions)
+    d = torch.zeros(1).double()
+    for actor, block, y, weights, scores in three_blocks():
+        d = d.expand(scores.shape[1])
+        previous = dict(zip(actor.parameters(), like(actor, -d)))
         sigma = torch.diag(weights.double() / len(weights))
-        system = args.damping * torch.eye(len(y)).double() + scores @ scores.T @ sigma
-        residual = y.double() + (scores @ mine if seed else 0.0)
-        increment = scores.T @ sigma @ torch.linalg.solve(system, residual)
-        mine = increment * min(1, args.max_grad_norm / (increment.norm().item() + 1e-6))
-        applied, norm, previous = rat.kaczmarz_direction(args, actor, block, previous)
-        assert relative(flat(applied), mine) < 1e-4
-        assert relative(norm, increment.norm()) < 1e-4
-        assert torch.equal(flat(previous), -flat(applied))
+        system = 0.1 * torch.eye(len(y)).double() + scores @ scores.T @ sigma
+        increment = scores.T @ sigma @ torch.linalg.solve(system, y + scores @ d)
+        d = increment * min(1, 0.5 / (increment.norm().item() + 1e-6))
+        applied, remembered, _ = rat.kaczmarz_direction(args, actor, block, previous)
+        assert relative(flat(applied.values()), d) < 1e-4
+        assert torch.equal(flat(remembered.values()), -flat(applied.values()))
 
 
 def test_paper_remembers_the_unclipped_iterate_and_off_nothing():
     actor, block, data = kaczmarz_block()
-    zeros = [torch.zeros_like(p) for p in actor.parameters()]
     paper = rat.Args(kaczmarz="paper", max_grad_norm=0.05)
-    first = rat.rat_direction(actor, *data, paper.damping)
-    applied, norm, previous = rat.kaczmarz_direction(paper, actor, block, zeros)
-    assert relative(flat(previous), flat(first).double()) < 1e-4
-    assert norm > 0.05
-    assert flat(applied).norm().item() == pytest.approx(0.05, rel=1e-4)
-    _, _, second = rat.kaczmarz_direction(paper, actor, block, previous)
-    expected = flat(rat.rat_direction(actor, *data, paper.damping, first))
-    assert relative(flat(second), expected.double()) < 1e-4
+    first = rat.rat_direction(actor, *data, 0.1)
+    applied, previous, metrics = rat.kaczmarz_direction(paper, actor, block, nothing(actor))
+    assert relative(flat(previous.values()), flat(first).double()) < 1e-4
+    assert flat(first).norm() > 0.05
+    assert flat(applied.values()).norm().item() == pytest.approx(0.05, rel=1e-4)
+    assert metrics["rat/damping"] == 0.1
+    _, second, _ = rat.kaczmarz_direction(paper, actor, block, previous)
+    expected = flat(rat.rat_direction(actor, *data, 0.1, first))
+    assert relative(flat(second.values()), expected.double()) < 1e-4
     off = rat.Args(kaczmarz="off", max_grad_norm=0.05)
-    applied, _, previous = rat.kaczmarz_direction(off, actor, block, zeros)
-    assert previous is zeros
-    assert relative(flat(applied), flat(first).double() * 0.05 / flat(first).norm()) < 1e-4
+    applied, previous, _ = rat.kaczmarz_direction(off, actor, block, nothing(actor))
+    assert not flat(previous.values()).any()
+    clipped = flat(first).double() * 0.05 / flat(first).norm()
+    assert relative(flat(applied.values()), clipped) < 1e-4
+
+
+PUBLISHED = {  # passes, lambda, what the next rollout starts from, KL bounds
+    "paper": (4, 0.1, 0.0, 0.004),
+    "release": (4, 0.1, 1.0, 0.004),
+    "off": (4, 0.1, 0.0, 0.004),
+}
+
+
+@pytest.mark.parametrize("kaczmarz", PUBLISHED)
+def test_one_flag_gives_the_published_constants(kaczmarz):
+    args = rat.Args(kaczmarz=kaczmarz)
+    found = (args.update_epochs, args.damping, args.memory, args.kl_low)
+    assert found == PUBLISHED[kaczmarz]
+    assert (args.max_grad_norm, args.learning_rate) == (0.5, 0.05)
+    given = rat.Args(kaczmarz=kaczmarz, damping=1.0, update_epochs=2, memory=0.5, kl_low=0.1)
+    assert (given.update_epochs, given.damping, given.memory, given.kl_low) == (2, 1.0, 0.5, 0.1)
 
 
 @pytest.mark.parametrize(("ratio", "used"), [(0.5, 0.5), (3.0, 3.0), (0.001, 0.1), (100.0, 10.0)])
@@ -124,11 +189,11 @@ def test_ratios_are_clamped(ratio, used):
     ratios, weights = torch.ones(120), torch.ones(120)
     ratios[::2], weights[::2] = ratio, used
     log_prob = actor(obs).log_prob(actions).detach() - ratios.log()
-    zeros = [torch.zeros_like(p) for p in actor.parameters()]
     block = block._replace(log_prob=log_prob)
-    _, _, found = rat.kaczmarz_direction(rat.Args(), actor, block, zeros)
+    args = rat.Args(kaczmarz="paper")
+    _, found, _ = rat.kaczmarz_direction(args, actor, block, nothing(actor))
     expected = rat.rat_direction(actor, obs, actions, y, weights, 0.1)
-    assert relative(flat(found), flat(expected).double()) < 1e-4
+    assert relative(flat(found.values()), flat(expected).double()) < 1e-4
 
 
 @pytest.mark.parametrize("jacobian", ["tape", "vmap"])
@@ -289,7 +354,7 @@ class Frozen(Normed):
     ("policy", "named"),
     [
         (Normed, "LayerNorm"),
-        (Overwritten, "net.0.*overwritten"),
+        (Overwritten, "net.0.*changed in place"),
         (Tied, "net.0.*shared"),
         (Twice, "net.0.*once"),
         (OneRow, "offset.*once"),

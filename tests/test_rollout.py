@@ -6,39 +6,50 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import flat, train
 from recording import check_block, check_critic, check_statistics, recompute, record
 
 import rat_continuous as rat
 
-RAT_SCRIPTS = [("rat_continuous", "kaczmarz_direction"), ("rat_shared", "joint_direction")]
+STEPS = {  # script and rule: the function that every block is handed to
+    ("rat_continuous", "track"): "kaczmarz_direction",
+    ("rat_continuous", "paper"): "kaczmarz_direction",
+    ("rat_continuous", "release"): "kaczmarz_direction",
+    ("rat_continuous", "off"): "kaczmarz_direction",
+    ("rat_shared", "track"): "joint_step",
+    ("rat_shared", "paper"): "sampled_step",
+    ("rat_shared", "release"): "sampled_step",
+    ("rat_shared", "off"): "sampled_step",
+}
+MEMORY = {"track": 0.7, "paper": 0.0, "release": 1.0, "off": 0.0}
 
 
-@pytest.mark.parametrize("kaczmarz", ["paper", "release", "off"])
-@pytest.mark.parametrize(("script", "core"), RAT_SCRIPTS)
-def test_what_blocks_remember(script, core, kaczmarz, tmp_path, monkeypatch):
-    """paper: the block before, in each rollout from zero; release: across rollouts; off: zero."""
+@pytest.mark.parametrize(("script", "kaczmarz"), STEPS)
+def test_what_blocks_remember(script, kaczmarz, tmp_path, monkeypatch):
+    """Within a rollout what the block before left, at its start a share of that; off: zero."""
     module = importlib.import_module(script)
+    core = STEPS[script, kaczmarz]
     original = getattr(module, core)
     seen = []  # (previous before, after) of each block
 
-    def recorded(*arguments):
-        result = original(*arguments)
-        seen.append((arguments[-1], result[2]))
+    def recorded(args, model, block, previous, *more):
+        result = original(args, model, block, previous, *more)
+        seen.append((flat(previous.values()), flat(result[1].values())))
         return result
 
     monkeypatch.setattr(module, core, recorded)
     small = ["--num-envs", 4, "--num-steps", 16, "--total-timesteps", 192, "--num-minibatches", 2]
     arguments = ["--env-id", "InvertedPendulum-v5", *small, "--update-epochs", 1]
+    if kaczmarz == "track":
+        arguments += ["--memory", 0.7]
     train(script, *arguments, "--kaczmarz", kaczmarz, "--output-dir", tmp_path)
     assert len(seen) == 3 * 2
-    for number, (before, _) in enumerate(seen):
-        forgets = kaczmarz == "off" or number == 0 or (kaczmarz == "paper" and number % 2 == 0)
-        if forgets:
-            assert not any(d.any() for d in before)
-        else:
-            assert before is seen[number - 1][1]
-            assert any(d.any() for d in before)
+    left = torch.zeros_like(seen[0][0])
+    for number, (before, after) in enumerate(seen):
+        share = MEMORY[kaczmarz] if number % 2 == 0 else 1
+        torch.testing.assert_close(before, share * left)
+        assert after.any() == (kaczmarz != "off")
+        left = after
 
 
 def rollout(rewards, terminated, done):
@@ -188,14 +199,14 @@ def test_envpool_steps_like_gymnasium_from_the_same_state(env_id, hidden):
 
 def test_popart_keeps_its_outputs_and_averages_debiased():
     torch.manual_seed(0)
-    head, features = rat.PopArt(16, beta=0.9), torch.randn(50, 16)
+    head, features = rat.PopArt(16), torch.randn(50, 16)
     before = (head(features) * head.std + head.mean).detach()
     first, second = 100 + 7 * torch.randn(400), -20 + 3 * torch.randn(300)
     for batch in (first, second):
         head.update(batch)
         after = (head(features) * head.std + head.mean).detach()
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-4)
-    shares = np.array([0.9 * 0.1, 0.1]) / (1 - 0.9**2)  # weights of the two batches, debiased
+    shares = np.array([0.99999, 1]) / 1.99999  # weights of the two batches, debiased
     mean = shares @ [first.mean().item(), second.mean().item()]
     square = shares @ [batch.double().square().mean().item() for batch in (first, second)]
     assert head.mean.item() == pytest.approx(mean, rel=1e-6)
@@ -276,17 +287,27 @@ def test_a_run_hands_its_core_and_critic_what_the_rollout_says(tmp_path, monkeyp
     """Two iterations with many resets, recomputed in NumPy; every sample is in one block a pass."""
     more = ["--update-epochs", 2, "--num-minibatches", 2, "--learning-rate", 0.5]
     more += ["--max-grad-norm", 5.0, "--kaczmarz", "off"]
-    iterations = record("rat_continuous", "rat_direction", tmp_path, monkeypatch, *more)
+    handed = []
+    kaczmarz_step = rat.kaczmarz_step
+
+    def recorded(scores, y, ratio, damping, previous):
+        handed.append((y.clone(), ratio.clone(), damping))
+        return kaczmarz_step(scores, y, ratio, damping, previous)
+
+    monkeypatch.setattr(rat, "kaczmarz_step", recorded)
+    iterations = record("rat_continuous", "kaczmarz_direction", tmp_path, monkeypatch, *more)
     expected = recompute(iterations)
     check_statistics(iterations, expected)
     check_critic(iterations, expected)
-    ratios = []
+    blocks = iter(handed)
     for iteration, wanted in zip(iterations, expected):
         seen = []
-        for (obs, actions, y, ratio, damping, *_), agent in iteration.core:
+        for (_, block, _), agent in iteration.core:
+            y, ratio, damping = next(blocks)
+            obs, actions = block.obs, block.actions
             seen += check_block(wanted, iteration.policy, obs, actions, y, ratio, agent)
-            ratios.append(ratio)
             assert damping == 0.1
         assert sorted(seen) == sorted(2 * list(range(len(wanted.obs))))
-    assert torch.cat(ratios).max() > 2
-    assert torch.cat(ratios).min() < 0.5
+    ratios = torch.cat([ratio for _, ratio, _ in handed])
+    assert ratios.max() > 2
+    assert ratios.min() < 0.5

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import flat, learn, train
+from conftest import flat, learn
 from recording import check_block, check_statistics, recompute, record, values_of
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -38,14 +38,14 @@ def problem(policy, samples=90, hidden=16, obs_dim=4, seed=0):
 
 
 def explicit(agent, obs, actions):
-    """In float64 log pi, V, entropy [3, B] and their Jacobians [3, B, p].
+    """In float64 log pi, V [2, B] and their Jacobians [2, B, p].
 
     Columns are as in agent.parameters()."""
     agent = copy.deepcopy(agent).double()
 
     def values(named):
         policy, value = functional_call(agent, named, obs.double())
-        return torch.stack([policy.log_prob(actions), value, policy.entropy()])
+        return torch.stack([policy.log_prob(actions), value])
 
     named = {name: p.detach() for name, p in agent.named_parameters()}
     rows = jacrev(values)(named)
@@ -54,7 +54,7 @@ def explicit(agent, obs, actions):
 
 def explicit_scores(agent, obs, actions, epsilon):
     """H [B, p] in float64."""
-    _, (d_log_prob, d_value, _) = explicit(agent, obs, actions)
+    _, (d_log_prob, d_value) = explicit(agent, obs, actions)
     return d_log_prob + 2 * epsilon.double()[:, None] * d_value
 
 
@@ -68,7 +68,7 @@ def explicit_targets(scores, weights, rhs, damping):
 def explicit_ascent(args, agent, block, epsilon, shift):
     """-grad L of (8), flat, for the right-hand sides y + H shift and 1 + H shift."""
     obs, actions, advantages, returns, old_log_prob = block
-    (log_prob, value, _), (d_log_prob, d_value, d_entropy) = explicit(agent, obs, actions)
+    (log_prob, value), (d_log_prob, d_value) = explicit(agent, obs, actions)
     scores = explicit_scores(agent, obs, actions, epsilon)
     ratio = (log_prob - old_log_prob).exp()
     inside = (ratio > 0.1) & (ratio < 10)  # no gradient beyond the clamp
@@ -77,47 +77,71 @@ def explicit_ascent(args, agent, block, epsilon, shift):
     rhs = torch.stack([y, torch.ones_like(y)]) + scores @ shift
     a, c = explicit_targets(scores, ratio.clamp(0.1, 10), rhs, args.damping)
     actor = (a * ratio * inside) @ d_log_prob
-    entropy = d_entropy.sum(0)
     critic = (2 * (value - returns) * c) @ d_value
-    return (actor + args.ent_coef * entropy - args.vf_coef * critic) / len(obs)
+    return (actor - args.vf_coef * critic) / len(obs)
 
 
 def relative(x, reference):
     return ((x.double() - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("with_previous", [False, True])
-@pytest.mark.parametrize("damping", [0.01, 0.1, 10])
-@every_policy
-def test_targets_solve_the_dual_system(policy, damping, with_previous):
-    """A fifth of the weights is zero."""
-    agent, block, epsilon = problem(policy)
-    obs, actions, y = block.obs, block.actions, block.advantages
-    weights = (0.1 + 2 * torch.rand(len(y))) * (torch.rand(len(y)) > 0.2)
-    scores = explicit_scores(agent, obs, actions, epsilon)
-    rhs = torch.stack([y, torch.ones_like(y)]).double()
-    previous = None
-    if with_previous:
-        previous = [0.1 * torch.randn_like(p) for p in agent.parameters()]
-        rhs -= scores @ flat(previous).double()
-    targets = rat.rat_targets(agent, obs, actions, epsilon, y, weights, damping, previous)
-    expected = explicit_targets(scores, weights, rhs, damping)
-    for target, wanted in zip(targets, expected, strict=True):
-        assert relative(target, wanted) < 1e-4
-        assert (target[weights == 0] == 0).all()
+def like(agent, vector):
+    """A flat float64 vector by parameter, in float32."""
+    parts = vector.float().split([p.numel() for p in agent.parameters()])
+    return {p: part.view_as(p) for part, p in zip(parts, agent.parameters())}
 
 
-@pytest.mark.parametrize("kaczmarz", ["paper", "release", "off"])
+@pytest.mark.parametrize("memory", [0.0, 0.8])
 @every_policy
-def test_directions_are_their_direct_form_over_three_blocks(policy, kaczmarz, monkeypatch):
+def test_joint_step_is_the_least_squares_solution_over_three_blocks(policy, memory):
+    """(8b) the p x p way: policy's and critic's rows, damping relative to their mean square."""
+    args = rat.Args(damping=0.02, vf_coef=0.6, critic_step=0.7)
+    step = torch.zeros(1).double()
+    for seed in range(3):
+        agent, block, _ = problem(policy, seed=seed)
+        obs, actions, advantages, returns, old_log_prob = block
+        (log_prob, value), (h, v) = explicit(agent, obs, actions)
+        w = (log_prob - old_log_prob).exp().clamp(0.1, 10)
+        y = ((advantages - advantages.mean()) / advantages.std(correction=0)).double()
+        policy_trace = (w * h.square().sum(1)).mean()
+        c_square = 0.6 * policy_trace / v.square().sum(1).mean()
+        damping = 0.02 * (policy_trace + 0.6 * policy_trace)
+        start = memory * step.expand(h.shape[1])
+        curvature = (h.T * w @ h + c_square * v.T @ v) / len(y)
+        pull = (h.T @ (w * 0.3 * y) + c_square * v.T @ (0.7 * (returns - value))) / len(y)
+        system = curvature + damping * torch.eye(h.shape[1]).double()
+        step = torch.linalg.solve(system, pull + damping * start)
+        applied, remembered, metrics = rat.joint_step(args, agent, block, like(agent, start), 0.3)
+        assert relative(flat(applied.values()), step) < 1e-4
+        assert torch.equal(flat(remembered.values()), flat(applied.values()))
+        norm = (w * (h @ step).square()).mean().sqrt().item()
+        assert float(metrics["rat/fisher_norm"]) == pytest.approx(norm, rel=1e-3)
+        agreement = 0.0
+        if start.any():
+            agreement = torch.corrcoef(torch.stack([y, h @ start]))[0, 1].item()
+        assert float(metrics["rat/agreement"]) == pytest.approx(agreement, abs=1e-4)
+
+
+PUBLISHED = {  # passes, lambda, what the next rollout starts from, KL bounds
+    "paper": (4, 0.1, 0.0, 0.005),
+    "release": (4, 0.1, 1.0, 0.005),
+    "off": (4, 0.1, 0.0, 0.005),
+}
+
+
+@pytest.mark.parametrize("kaczmarz", PUBLISHED)
+@every_policy
+def test_published_rules_are_their_direct_form_over_three_blocks(policy, kaczmarz, monkeypatch):
     """The gradient of (8), and what each setting adds to the right-hand sides and remembers."""
-    args = rat.Args(kaczmarz=kaczmarz, vf_coef=0.7, ent_coef=0.3)
+    args = rat.Args(kaczmarz=kaczmarz, vf_coef=0.7)
+    found = (args.update_epochs, args.damping, args.memory, args.kl_low)
+    assert found == PUBLISHED[kaczmarz]
     sign = {"paper": -1, "release": 1, "off": 0}[kaczmarz]
-    agent, *_ = problem(policy)
-    previous = [torch.zeros_like(p) for p in agent.parameters()]
-    mine = flat(previous).double()  # g_{j-1} or d_{j-1}
+    mine = torch.zeros(1).double()  # g_{j-1} or d_{j-1}
     for seed in range(3):
         agent, block, epsilon = problem(policy, seed=seed)
+        mine = mine.expand(sum(p.numel() for p in agent.parameters()))
+        previous = like(agent, abs(sign) * -sign * mine)
         unclipped = explicit_ascent(args, agent, block, epsilon, sign * mine)
         if kaczmarz == "paper":
             unclipped += mine
@@ -126,39 +150,22 @@ def test_directions_are_their_direct_form_over_three_blocks(policy, kaczmarz, mo
         assert norm > args.max_grad_norm
         mine = {"paper": unclipped, "release": clipped, "off": mine}[kaczmarz]
         monkeypatch.setattr(torch, "randn_like", lambda y, drawn=epsilon: drawn)
-        applied, my_norm, previous = rat.joint_direction(args, agent, block, previous)
+        step, remembered, metrics = rat.sampled_step(args, agent, block, previous, 0.02)
         monkeypatch.undo()
-        assert [d.shape for d in applied] == [p.shape for p in agent.parameters()]
-        assert relative(flat(applied), clipped) < 1e-4
-        assert my_norm.item() == pytest.approx(norm, rel=1e-4)
+        assert [d.shape for d in step.values()] == [p.shape for p in agent.parameters()]
+        assert relative(flat(step.values()), 0.02 * clipped) < 1e-4
+        assert metrics["rat/direction_norm"].item() == pytest.approx(norm, rel=1e-4)
         if kaczmarz == "off":
-            assert not flat(previous).any()
+            assert not flat(remembered.values()).any()
         else:
-            assert relative(-sign * flat(previous), mine) < 1e-4
-
-
-@every_policy
-def test_kernel_of_one_draw_is_that_of_its_scores(policy, damping=0.1):
-    """The targets of B unit vectors are the columns of (damping I + K Sigma)^-1: K in float64."""
-    agent, block, epsilon = problem(policy, samples=20, hidden=8)
-    agent, obs, epsilon = agent.double(), block.obs.double(), epsilon.double()
-    actions = block.actions.double() if policy == "Gaussian" else block.actions
-    weights = 0.1 + torch.rand(len(obs)).double()
-    identity = torch.eye(len(obs)).double()
-    targets = [
-        rat.rat_targets(agent, obs, actions, epsilon, unit, weights, damping) for unit in identity
-    ]
-    inverse = torch.stack([a for a, _ in targets], 1)
-    kernel = (torch.linalg.inv(inverse) - damping * identity) * len(obs) / weights
-    scores = explicit_scores(agent, obs, actions, epsilon)
-    assert relative(kernel, scores @ scores.T) < 1e-9
+            assert relative(-sign * flat(remembered.values()), mine) < 1e-4
 
 
 @every_policy
 def test_curvature_is_that_of_both_in_expectation_over_epsilon(policy, draws=20_000):
     """Mean of H^T H over draws of eps: within 2 % of its limit, standard error below 1 %."""
     agent, block, _ = problem(policy, samples=5, hidden=4, obs_dim=2)
-    _, (d_log_prob, d_value, _) = explicit(agent, block.obs, block.actions)
+    _, (d_log_prob, d_value) = explicit(agent, block.obs, block.actions)
     expected = d_log_prob.T @ d_log_prob + 4 * d_value.T @ d_value
     actions = torch.cat([block.actions] * draws)
     layers = rat.tape_scores(agent, block.obs.repeat(draws, 1), (actions, torch.randn(5 * draws)))
@@ -174,28 +181,38 @@ def test_curvature_is_that_of_both_in_expectation_over_epsilon(policy, draws=20_
     assert 2 * (cross + cross.T).norm() > 0.1 * expected.norm()  # what eps = 1 would add
 
 
+RULES = {"track": rat.joint_step, "release": rat.sampled_step}
+every_rule = pytest.mark.parametrize("kaczmarz", RULES)
+
+
+def step_of(kaczmarz, agent, block):
+    nothing = {p: torch.zeros_like(p) for p in agent.parameters()}
+    step, *_ = RULES[kaczmarz](rat.Args(kaczmarz=kaczmarz), agent, block, nothing, 0.05)
+    return flat(step.values())
+
+
 @pytest.mark.parametrize("broken", ["obs", "advantages", "log_prob"])
-def test_values_that_are_not_finite_raise(broken):
+@every_rule
+def test_values_that_are_not_finite_raise(broken, kaczmarz):
     agent, block, _ = problem("Categorical")
     getattr(block, broken)[0] = torch.nan
-    nothing = [torch.zeros_like(p) for p in agent.parameters()]
     with pytest.raises(FloatingPointError, match="not finite"):
-        rat.joint_direction(rat.Args(), agent, block, nothing)
+        step_of(kaczmarz, agent, block)
 
 
-def test_ratios_of_any_size_have_finite_gradients():
+@every_rule
+def test_ratios_of_any_size_have_finite_gradients(kaczmarz):
     agent, block, _ = problem("Gaussian")
     block.log_prob[:2] = torch.tensor([1e3, -1e3])
-    nothing = [torch.zeros_like(p) for p in agent.parameters()]
-    applied, *_ = rat.joint_direction(rat.Args(), agent, block, nothing)
-    assert flat(applied).isfinite().all()
+    assert step_of(kaczmarz, agent, block).isfinite().all()
 
 
-def test_a_layer_that_is_not_linear_is_refused_with_the_way_out():
-    agent, block, epsilon = problem("Gaussian")
+@every_rule
+def test_a_layer_that_is_not_linear_is_refused_with_the_way_out(kaczmarz):
+    agent, block, _ = problem("Gaussian")
     agent.trunk.append(nn.LayerNorm(16))
-    with pytest.raises(TypeError, match=r"trunk.4 LayerNorm.*use Linear"):
-        rat.tape_scores(agent, block.obs, (block.actions, epsilon))
+    with pytest.raises(TypeError, match=r"trunk.4 LayerNorm.*must be Linear"):
+        step_of(kaczmarz, agent, block)
 
 
 def test_discrete_actions_start_where_the_space_does():
@@ -212,7 +229,7 @@ def test_actions_of_a_box_stay_inside_it():
     """Where tanh is 1, rounding must not lead above high."""
     high = np.linspace(0.1, 9, 500, dtype=np.float32)
     agent = rat.Agent(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-high / 3, high))
-    agent.head.mean.bias.data.fill_(50.0)
+    agent.head.bias.data.fill_(50.0)
     _, env_action = agent.act(torch.zeros(1, 3), deterministic=True)
     np.testing.assert_allclose(env_action[0], high, rtol=1e-6)
     assert (env_action.numpy() <= high).all()
@@ -241,61 +258,71 @@ def test_spaces_that_the_networks_take_are_not_refused(policy):
     rat.check_spaces("Task-v0", OBS, SPACES[policy])
 
 
-def test_a_run_hands_on_what_the_rollout_says(tmp_path, monkeypatch):
-    """Two iterations with many resets, recomputed in NumPy; every sample is in one block a pass."""
-    losses = []  # what each block's loss is made of
-    joint_loss = rat.joint_loss
+def record_calls(monkeypatch, name, keep):
+    """What keep(arguments, result) makes of each call of a function of rat_shared, a list."""
+    original = getattr(rat, name)
+    kept = []
 
-    def recorded(args, policy, value, ratio, returns, a, c):
-        losses.append((value.detach(), ratio.detach(), returns))
-        return joint_loss(args, policy, value, ratio, returns, a, c)
-
-    applied = []  # each block's direction
-    joint_direction = rat.joint_direction
-
-    def recorded_direction(*arguments):
-        result = joint_direction(*arguments)
-        applied.append(flat(result[0]))
+    def recorded(*arguments):
+        result = original(*arguments)
+        kept.append(keep(arguments, result))
         return result
 
-    monkeypatch.setattr(rat, "joint_loss", recorded)
-    monkeypatch.setattr(rat, "joint_direction", recorded_direction)
-    more = ["--update-epochs", 2, "--num-minibatches", 2, "--learning-rate", 2.0]
-    more += ["--max-grad-norm", 5.0, "--kaczmarz", "off"]
-    iterations = record("rat_shared", "rat_targets", tmp_path, monkeypatch, *more)
+    monkeypatch.setattr(rat, name, recorded)
+    return kept
+
+
+@pytest.mark.parametrize("kaczmarz", ["track", "off"])
+def test_a_run_hands_on_what_the_rollout_says(kaczmarz, tmp_path, monkeypatch):
+    """Two iterations with many resets, recomputed in NumPy; every sample is in one block a pass."""
+    if kaczmarz == "track":  # targets and weights of actor and critic, damping
+        solved = record_calls(monkeypatch, "kaczmarz_step", lambda given, _: given[1:4])
+    else:
+        solved = record_calls(monkeypatch, "solve", lambda given, _: given[1:4])
+    core = "joint_step" if kaczmarz == "track" else "sampled_step"
+    steps = iter(record_calls(monkeypatch, core, lambda _, result: flat(result[0].values())))
+    more = ["--update-epochs", 2, "--num-minibatches", 2, "--kaczmarz", kaczmarz]
+    more += ["--learning-rate", 0.3 if kaczmarz == "track" else 2.0, "--max-grad-norm", 5.0]
+    iterations = record("rat_shared", core, tmp_path, monkeypatch, *more)
     expected = recompute(iterations)
     check_statistics(iterations, expected)
-    handed = iter(losses)
-    steps = iter(applied)
+    handed = iter(solved)
+    ratios = []
     for iteration, wanted in zip(iterations, expected):
         seen = []
-        for (obs, actions, epsilon, y, weights, damping, _), agent in iteration.core:
-            rows = check_block(wanted, iteration.policy, obs, actions, y, weights, agent)
+        rate = iteration.row["learning_rate"]
+        for (_, block, *_), agent in iteration.core:
+            targets, weights, damping = next(handed)
+            y, ratio = targets, weights
+            if kaczmarz == "track":
+                y, to_fit = targets.chunk(2)
+                y, ratio = y / rate, weights.chunk(2)[0]
+                error = block.returns - agent(block.obs).value.detach()
+                np.testing.assert_allclose(to_fit, 0.5 * error, rtol=1e-4, atol=1e-5)
+            else:
+                y = targets[0]
+                assert (targets[1] == 1).all()
+                assert damping == 0.1
+            policy = iteration.policy
+            rows = check_block(wanted, policy, block.obs, block.actions, y, ratio, agent)
             seen += rows
-            value, ratio, returns = next(handed)
-            assert torch.equal(ratio, weights)
-            assert damping == 0.1
-            assert 0.7 < epsilon.std() < 1.3
-            np.testing.assert_allclose(returns, wanted.returns[rows], rtol=1e-3, atol=1e-4)
-            my_value = agent(obs).value.detach()
-            np.testing.assert_allclose(value, my_value, rtol=1e-5, atol=1e-6)
+            ratios.append(ratio)
+            np.testing.assert_allclose(block.returns, wanted.returns[rows], rtol=1e-3, atol=1e-4)
         assert sorted(seen) == sorted(2 * list(range(len(wanted.obs))))
         parameters = [flat(agent.parameters()) for _, agent in iteration.core]
         parameters.append(flat(iteration.trained.parameters()))
         for before, after in itertools.pairwise(parameters):
-            step = iteration.row["learning_rate"] * next(steps)
-            np.testing.assert_allclose(after, before + step, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(after, before + next(steps), rtol=1e-4, atol=1e-6)
         fitted = iteration.trained(torch.tensor(wanted.obs).float()).value.detach().numpy()
         value_loss = ((fitted - wanted.returns) ** 2).mean()
         assert iteration.row["value_loss"] == pytest.approx(value_loss, rel=1e-3)
-    ratios = torch.cat([ratio for _, ratio, _ in losses])
-    assert ratios.max() > 2
-    assert ratios.min() < 0.5
+    assert torch.cat(ratios).max() > 1.2
+    assert torch.cat(ratios).min() < 0.8
 
 
 def test_popart_keeps_the_values(tmp_path, monkeypatch):
     """Before the first update of an iteration, but for the new observation statistics."""
-    iterations = record("rat_shared", "rat_targets", tmp_path, monkeypatch)
+    iterations = record("rat_shared", "joint_step", tmp_path, monkeypatch)
     for iteration in iterations:
         rescaled = copy.deepcopy(iteration.policy)
         rescaled.normalizer = iteration.agent.normalizer
@@ -307,10 +334,3 @@ def test_learns_cart_pole(tmp_path):
     """As test_runs.py's learning test, after 30k steps; without learning 28."""
     size = ["--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 32]
     assert learn(tmp_path, "rat_shared", "--env-id", "CartPole-v1", *size) >= 150
-
-
-def test_negative_entropy_bonus_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train("rat_shared", "--ent-coef", -0.1, "--output-dir", tmp_path)
-    assert stopped.value.code == 2
-    assert "--ent-coef -0.1" in capsys.readouterr().err
