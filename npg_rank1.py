@@ -247,7 +247,7 @@ def check_args(args, may_be_zero=("seed", "resume")):
     """Name a run without a name; raise ValueError for a value that cannot work.
 
     tyro prints the error's sentence and exits with code 2."""
-    blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
+    rollout = args.num_envs * args.num_steps
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if isinstance(value, int | float) and not (
@@ -258,8 +258,12 @@ def check_args(args, may_be_zero=("seed", "resume")):
             )
         if name in ("gamma", "gae_lambda", "memory") and value > 1:
             raise ValueError(f"{flag} must be at most 1.")
-        if name.endswith("minibatches") and value > blocks:
-            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
+        if name.endswith("minibatches") and value > rollout // 4:  # a block may not be empty
+            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {rollout // 4}.")
+    if args.total_timesteps < rollout:
+        raise ValueError(
+            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}."
+        )
     if args.num_steps < 2:
         raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
     if args.resume and not args.run_name:
@@ -458,11 +462,11 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-        (folder / "config.json").write_text(config)
+        config = {"algorithm": ALGORITHM, **asdict(args)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.truncate(min(csv_size, self.csv.tell()))
-        self.csv.seek(0, os.SEEK_END)
+        self.csv.seek(0, 2)  # the end
         self.events = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
@@ -568,9 +572,7 @@ def rank1_direction(gradient, score, damping):
 
 def main(args: Args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
-    saved = {}
-    if args.resume:
-        saved = load_checkpoint(args)
+    saved = load_checkpoint(args) if args.resume else {}
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
     learning_rate = saved.get("learning_rate", args.learning_rate)  # eta

@@ -214,8 +214,7 @@ class PolicyAndValue(NamedTuple):
         actions, epsilon = drawn
         log_prob = self.policy.log_prob(actions)
         if epsilon is None:
-            half = len(log_prob) // 2
-            return torch.cat([log_prob[:half], self.value[half:]])
+            return torch.cat([log_prob.chunk(2)[0], self.value.chunk(2)[1]])
         return log_prob - (self.value - (self.value + epsilon).detach()).square()
 
 
@@ -289,7 +288,7 @@ def check_args(args, may_be_zero=("seed", "resume")):
     """Name a run without a name; raise ValueError for a value that cannot work.
 
     tyro prints the error's sentence and exits with code 2."""
-    blocks = args.num_envs * args.num_steps // 4  # where every other step only resets, no empty one
+    rollout = args.num_envs * args.num_steps
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
         if isinstance(value, int | float) and not (
@@ -300,8 +299,12 @@ def check_args(args, may_be_zero=("seed", "resume")):
             )
         if name in ("gamma", "gae_lambda", "memory") and value > 1:
             raise ValueError(f"{flag} must be at most 1.")
-        if name.endswith("minibatches") and value > blocks:
-            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {blocks}.")
+        if name.endswith("minibatches") and value > rollout // 4:  # a block may not be empty
+            raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {rollout // 4}.")
+    if args.total_timesteps < rollout:
+        raise ValueError(
+            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}."
+        )
     if args.num_steps < 2:
         raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
     if args.resume and not args.run_name:
@@ -486,11 +489,11 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=2)
-        (folder / "config.json").write_text(config)
+        config = {"algorithm": ALGORITHM, **asdict(args)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.truncate(min(csv_size, self.csv.tell()))
-        self.csv.seek(0, os.SEEK_END)
+        self.csv.seek(0, 2)  # the end
         self.events = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
@@ -652,8 +655,8 @@ def joint_step(args, agent, block, previous, learning_rate):
     y = normalized(block.advantages)
     policy, value = agent(block.obs)
     ratio = (policy.log_prob(block.actions) - block.log_prob).exp().clamp(0.1, 10)  # w
-    obs, actions = (torch.cat([x, x]) for x in (block.obs, block.actions))
-    scores = tape_scores(agent, obs, (actions, None))  # H = (h; v), 2B rows
+    actions = torch.cat([block.actions] * 2)
+    scores = tape_scores(agent, block.obs.repeat(2, 1), (actions, None))  # H = (h; v), 2B rows
     policy_norms, value_norms = score_norm_sq(scores).chunk(2)  # |h_i|^2, |v_i|^2
     trace = (ratio * policy_norms).mean()
     value_weight = args.vf_coef * trace / value_norms.mean()  # c^2
@@ -662,12 +665,15 @@ def joint_step(args, agent, block, previous, learning_rate):
     targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
     step = kaczmarz_step(scores, targets, weights, damping, previous)
     change = product(scores, step)[: len(y)]  # of log pi(a_i|s_i), to first order
-    metrics = {
-        "rat/damping": damping,
-        "rat/fisher_norm": (ratio * change.square()).mean().sqrt(),
-        "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
-    }
-    return step, step, metrics
+    return (
+        step,
+        step,
+        {
+            "rat/damping": damping,
+            "rat/fisher_norm": (ratio * change.square()).mean().sqrt(),
+            "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
+        },
+    )
 
 
 def sampled_step(args, agent, block, previous, learning_rate):
@@ -704,9 +710,7 @@ def sampled_step(args, agent, block, previous, learning_rate):
 
 def main(args: Args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
-    saved = {}
-    if args.resume:
-        saved = load_checkpoint(args)
+    saved = load_checkpoint(args) if args.resume else {}
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
     learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
@@ -763,8 +767,8 @@ def main(args: Args):
         metrics = rollout_metrics(agent, old_policy, samples)
         metrics |= run_metrics(envs, global_step, started)
         metrics["charts/learning_rate"] = learning_rate
-        error = agent(samples.obs).value.detach() - samples.returns
-        metrics["losses/value_loss"] = error.square().mean()
+        fitted = agent(samples.obs).value.detach()
+        metrics["losses/value_loss"] = (fitted - samples.returns).square().mean()
         for name in blocks[0]:
             metrics[name] = np.mean([float(measured[name]) for measured in blocks])
         logger.write(global_step, metrics)

@@ -4,7 +4,6 @@ import copy
 import csv
 import importlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +44,6 @@ def train(script, *arguments):
     """The same without a new process."""
     module = importlib.import_module(script)
     before = sys.argv
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = command(script, *arguments)[1:]
     try:
         args = module.parse_args()
@@ -53,8 +51,6 @@ def train(script, *arguments):
             module.main(args)
     finally:
         sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def learn(folder, script, *arguments):

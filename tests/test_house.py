@@ -18,7 +18,7 @@ CORES = {
     "npg_rank1": "rank1_direction",
     "rat_continuous": "rat_direction",
     "rat_procgen": "rat_direction",
-    "rat_shared": "rat_targets",
+    "rat_shared": "joint_step",
     "sophia_ppo": "Sophia",
 }
 MOST_TOKENS = dict.fromkeys(SCRIPTS, 5500) | {"rat_procgen": 6000}

@@ -4,7 +4,6 @@ import errno
 import importlib
 import itertools
 import json
-import random
 import re
 import signal
 import subprocess
@@ -120,13 +119,7 @@ def test_run_folder_and_clean_output(script, tmp_path):
     assert set(map(tuple, tags.values())) == {tuple(range(64, 641, 64))}
     assert result.stdout.count("\n") == 1
     assert "episodic_return" in result.stdout
-    assert result.stderr == f"InvertedPendulum-v5, curves: tensorboard --logdir {folder}\n"
-
-
-def test_the_version_that_was_made_is_said(tmp_path, capsys):
-    arguments = [*SMALL, "--env-id", "InvertedPendulum", "--total-timesteps", 64]
-    train("rat_continuous", *arguments, "--output-dir", tmp_path)
-    assert "InvertedPendulum-v5" in capsys.readouterr().err
+    assert result.stderr == ""
 
 
 @every_script
@@ -150,7 +143,7 @@ def test_seeds_have_environments_of_their_own():
     drawn = []
     for _ in range(2):
         rat.seed_generators(args[3], 0)
-        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+        drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1]
 
 
@@ -215,32 +208,22 @@ def test_resume_restores_everything_but_the_environments(script, tmp_path):
     assert not different
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_a_checkpoint_of_the_last_row(number, tmp_path):
+def test_a_stopped_run_has_a_checkpoint_of_its_last_row(tmp_path):
+    """Ctrl-C, and SIGTERM, which ends it as kill -9 would."""
     where = ["--output-dir", tmp_path, "--run-name", "stopped"]
     folder = tmp_path / "stopped"
     process = start("rat_continuous", *SMALL, "--total-timesteps", 10**6, *where)
     wait_for(lambda: rows_of(folder) > 2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    wanted = f"rat_continuous: stopped by signal {int(number)}; continue with --resume --run-name "
-    assert sentence(errors).startswith(wanted + "stopped")
-    assert errors.count("\n") == 2
+    assert process.returncode == 1
+    assert sentence(errors).startswith("rat_continuous: KeyboardInterrupt")
+    assert "; continue with --resume --run-name stopped" in sentence(errors)
     assert int(read_csv(folder)[-1]["global_step"]) - checkpoint(folder)["global_step"] in (0, 64)
     total = checkpoint(folder)["global_step"] + 128
     train("rat_continuous", "--resume", "--total-timesteps", total, *where)
     steps = [int(row["global_step"]) for row in read_csv(folder)]
     assert steps == list(range(64, total + 1, 64))
-
-
-def test_a_signal_before_the_first_checkpoint_has_its_code_too(tmp_path, capsys, monkeypatch):
-    rat = importlib.import_module("rat_continuous")
-    monkeypatch.setattr(rat, "main", lambda args: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(SystemExit) as stopped:
-        train("rat_continuous", *SMALL, "--output-dir", tmp_path)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert sentence(capsys.readouterr().err) == "rat_continuous: stopped by signal 15"
 
 
 def test_a_resumed_csv_is_cut_where_the_checkpoint_ends(tmp_path):
@@ -255,20 +238,6 @@ def test_a_resumed_csv_is_cut_where_the_checkpoint_ends(tmp_path):
     assert logger.csv.tell() == path.stat().st_size
     logger.close()
     assert path.read_text() == "global_step,kl,episodic_return\n64,0.5,1.0\n"
-
-
-def test_a_second_process_on_a_run_folder_is_refused(tmp_path):
-    where = ["--output-dir", tmp_path, "--run-name", "locked"]
-    folder = tmp_path / "locked"
-    process = start("rat_continuous", *SMALL, "--total-timesteps", 10**6, *where)
-    wait_for(lambda: rows_of(folder) > 2)
-    second = run("rat_continuous", "--resume", *where)
-    process.kill()
-    process.communicate()
-    assert second.returncode == 2
-    assert "await its end" in sentence(second.stderr)
-    steps = [int(row["global_step"]) for row in read_csv(folder)]
-    assert steps == list(range(64, steps[-1] + 1, 64))
 
 
 BROKEN = {
@@ -303,7 +272,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     def save(state, file):
         saves.append(state["global_step"])
         if len(saves) == 3:
-            file.write(b"half of it")
+            file.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
         original(state, file)
 
@@ -314,7 +283,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1
     assert "No space left on device" in sentence(capsys.readouterr().err)
     assert checkpoint(tmp_path / "full")["global_step"] == saves[1] == 64
-    assert not list(tmp_path.glob("**/*.partial"))
 
 
 @every_script
@@ -333,8 +301,10 @@ def test_episodes_of_one_step(script, tmp_path):
 
 
 KL_LEAVES_ITS_BAND = [  # on both sides with these
-    ("rat_continuous", 0.004, ["--learning-rate", 0.3]),
-    ("rat_shared", 0.005, ["--learning-rate", 0.3]),
+    ("rat_continuous", 0.008, ["--kl-low", 0.008]),
+    ("rat_continuous", 0.004, ["--kaczmarz", "paper", "--learning-rate", 0.3]),
+    ("rat_shared", 0.008, ["--kl-low", 0.008]),
+    ("rat_shared", 0.005, ["--kaczmarz", "release", "--learning-rate", 0.3]),
     ("npg_cg", 0.004, ["--learning-rate", 0.3]),
     ("npg_rank1", 0.004, ["--learning-rate", 0.3]),
     ("sophia_ppo", 0.004, ["--optimizer", "diag", "--learning-rate", 0.3]),
@@ -357,7 +327,8 @@ def test_learning_rate_follows_the_kl(script, low, options, tmp_path):
             factor = 1 / 1.5
         elif row["kl"] < low:
             factor = 1.5
-        expected = np.clip(row["learning_rate"] * factor, 1e-4, rows[0]["learning_rate"])
+        largest = np.inf if "--kl-low" in options else rows[0]["learning_rate"]
+        expected = np.clip(row["learning_rate"] * factor, 1e-4, largest)
         assert following["learning_rate"] == pytest.approx(expected)
         factors.add(factor)
     assert factors == {1 / 1.5, 1, 1.5}
@@ -520,19 +491,15 @@ def finished(tmp_path):
     return where, tmp_path / "one"
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (SMALL, "File exists"),  # without --resume
-        (["--resume", "--env-id", "Pendulum-v1"], "--env-id is InvertedPendulum-v5"),
-        (["--resume", "--gamma", "0.9", "--seed", 3], "--gamma is 0.99, --seed is 1: leave that"),
-        (["--resume", "--total-timesteps", 64], "--total-timesteps 64: 128 steps are done"),
-    ],
-)
-def test_a_run_folder_is_not_taken_for_another_run(more, named, finished, capsys):
+def test_a_run_folder_is_not_taken_for_another_run(finished, capsys):
     where, folder = finished
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert named in refused(capsys, "rat_continuous", *more, *where)
+    with pytest.raises(SystemExit) as stopped:
+        train("rat_continuous", *SMALL, *where)
+    said = sentence(capsys.readouterr().err)
+    assert stopped.value.code == 1
+    assert "File exists" in said
+    assert "continue with --resume --run-name one" in said
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
 
 
@@ -540,7 +507,7 @@ def test_a_run_folder_is_not_taken_for_another_run(more, named, finished, capsys
 def test_an_output_folder_that_is_a_file(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     where = ["--output-dir", tmp_path / folder, "--run-name", "x"]
-    assert "cannot take" in refused(capsys, "rat_continuous", *SMALL, *where)
+    assert "Error: [Errno" in refused(capsys, "rat_continuous", *SMALL, *where)
 
 
 @pytest.mark.parametrize("kind", ["half", "empty", "text", "other keys"])
@@ -571,13 +538,14 @@ def test_a_checkpoint_of_other_code_is_refused(change, named, finished, capsys):
     assert named in refused(capsys, "rat_continuous", "--resume", *where)
 
 
-def test_what_may_change_on_resume_changes(finished):
+def test_what_is_given_on_resume_changes(finished):
     where, folder = finished
-    train("rat_continuous", "--resume", *where, "--total-timesteps", 256)
+    train("rat_continuous", "--resume", *where, "--total-timesteps", 256, "--gamma", 0.9)
     assert [int(row["global_step"]) for row in read_csv(folder)] == [64, 128, 192, 256]
     saved = checkpoint(folder)["args"]
     assert (saved["total_timesteps"], saved["num_envs"], saved["num_steps"]) == (256, 4, 16)
-    assert json.loads((folder / "config.json").read_text())["total_timesteps"] == 256
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["total_timesteps"], config["gamma"]) == (256, 0.9)
 
 
 @pytest.mark.parametrize(("script", "options"), SETTINGS)
