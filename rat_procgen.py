@@ -797,6 +797,7 @@ def main(args: Args):
         vars(scaled.return_rms).update(saved["reward_statistics"])
         games.return_queue.extend(saved["episodes"][0])
         games.length_queue.extend(saved["episodes"][1])
+    tape_chunk(actor, obs, actor(obs).mode)  # refuses before there is a run folder
     zeros = [torch.zeros_like(p) for p in actor.parameters()]
     previous = dict(zip(actor.parameters(), saved.get("previous", zeros)))  # g_{j-1}
     logger = Logger(args, global_step, saved.get("csv_size", 0))

@@ -664,16 +664,12 @@ def joint_step(args, agent, block, previous, learning_rate):
     damping = args.damping * (1 + args.vf_coef) / 2 * trace  # relative to the mean over all rows
     targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
     step = kaczmarz_step(scores, targets, weights, damping, previous)
-    change = product(scores, step)[: len(y)]  # of log pi(a_i|s_i), to first order
-    return (
-        step,
-        step,
-        {
-            "rat/damping": damping,
-            "rat/fisher_norm": (ratio * change.square()).mean().sqrt(),
-            "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
-        },
-    )
+    metrics = {
+        "rat/damping": damping,
+        "rat/fisher_norm": (ratio * product(scores, step)[: len(y)].square()).mean().sqrt(),
+        "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
+    }
+    return step, step, metrics
 
 
 def sampled_step(args, agent, block, previous, learning_rate):

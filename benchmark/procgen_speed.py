@@ -1,4 +1,6 @@
-"""Milliseconds and peak extra memory of one update of the IMPALA policy, by tape and by vmap.
+"""Milliseconds and peak extra memory of one update of the IMPALA policy.
+
+tape: as rat_procgen.py does it; vmap: from per-sample gradients, rat_continuous.vmap_scores.
 
 Run: python benchmark/procgen_speed.py
      --quick: few repeats, small networks; --device cuda: on a GPU
@@ -19,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from update_speed import peak_of
 
+import rat_continuous
 import rat_procgen
 
 METHODS = ("tape", "vmap")
@@ -46,14 +49,17 @@ def make_update(method, args):
     actions = torch.randint(15, (args.samples,), device=args.device)
     y = torch.randn(args.samples, device=args.device)
     ratio = torch.ones_like(y)
-    previous = [torch.zeros_like(p) for p in actor.parameters()]
-    setting = (0.1, previous, method, args.kernel_memory)
+    previous = {p: torch.zeros_like(p) for p in actor.parameters()}
 
+    @torch.no_grad()
     def update():
-        direction = rat_procgen.rat_direction(actor, obs, actions, y, ratio, *setting)
-        with torch.no_grad():
-            for p, d in zip(actor.parameters(), direction):
-                p.add_(d, alpha=1e-6)
+        if method == "tape":
+            scores = rat_procgen.tape_scores(actor, obs, actions, args.kernel_memory)
+        else:
+            scores = rat_continuous.vmap_scores(actor, obs.float(), actions)
+        direction = rat_procgen.kaczmarz_step(scores, y, ratio, 0.1, previous)
+        for p, d in direction.items():
+            p.add_(d, alpha=1e-6)
         if args.device == "cuda":
             torch.cuda.synchronize()
 

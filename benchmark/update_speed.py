@@ -94,9 +94,9 @@ def random_problem(network, samples, device):
 
 
 @torch.no_grad()
-def move(model, direction):
-    """theta = theta + STEP direction, one tensor a parameter."""
-    for p, d in zip(model.parameters(), direction):
+def move(direction):
+    """theta = theta + STEP direction, which maps parameters to tensors."""
+    for p, d in direction.items():
         p.add_(d, alpha=STEP)
 
 
@@ -104,25 +104,26 @@ def rat(problem, jacobian):
     actor = rat_continuous.Actor(*problem.sizes).to(problem.device)
     args = rat_continuous.Args(jacobian=jacobian)
     block = problem.block_of(actor)
-    previous = [torch.zeros_like(p) for p in actor.parameters()]
+    previous = {p: torch.zeros_like(p) for p in actor.parameters()}
 
     @torch.no_grad()
     def update():
         direction, _, _ = rat_continuous.kaczmarz_direction(args, actor, block, previous)
-        move(actor, direction)
+        move(direction)
 
     return update
 
 
-def rat_joint(problem, _):
+def rat_joint(problem, kaczmarz):
     agent = rat_shared.Agent(*problem.spaces).to(problem.device)
-    args = rat_shared.Args()
+    args = rat_shared.Args(kaczmarz=kaczmarz)
     block = problem.block_of(agent.policy)
-    previous = [torch.zeros_like(p) for p in agent.parameters()]
+    previous = {p: torch.zeros_like(p) for p in agent.parameters()}
+    step = rat_shared.joint_step if kaczmarz == "track" else rat_shared.sampled_step
 
     def update():
-        direction, _, _ = rat_shared.joint_direction(args, agent, block, previous)
-        move(agent, direction)
+        direction, _, _ = step(args, agent, block, previous, STEP)
+        move(direction)
 
     return update
 
@@ -202,7 +203,8 @@ class Update(NamedTuple):
 METHODS = {
     "RAT": Update("rat", rat, "tape"),
     "RAT, `--jacobian vmap`": Update("rat", rat, "vmap"),
-    "RAT shared": Update("rat_shared", rat_joint),
+    "RAT shared": Update("rat_shared", rat_joint, "track"),
+    "RAT shared, `--kaczmarz release`": Update("rat_shared", rat_joint, "release"),
     "NPG, 10 CG iterations": Update("npg", conjugate_gradients, 10),
     "rank-1": Update("rank1", rank1, "sample"),
     "ACKTR": Update("acktr", kronecker, "kfac, all", 10),
