@@ -38,6 +38,7 @@ DIFFERS = {
         "Agent": "one trunk for policy and value, Discrete actions too",
         "check_spaces": "Discrete actions too",
         "check_tape": "there is no --jacobian vmap to point to",
+        "RULES": "the published KL bounds are others with one trunk",
     },
     "sophia_ppo": {
         "Actor": "with --shared it has a value head on its trunk",
