@@ -67,9 +67,9 @@ class Args:
     score: Literal["sample", "mean"] = "sample"  # u: of one random sample of a block, or their mean
     learning_rate: float = 0.05  # first and largest actor step size; the KL adapts it below that
     max_grad_norm: float = 0.5  # l2 bound on the applied direction, nu
-    critic_epochs: int = 4  # critic passes over the rollout
-    critic_minibatches: int = 8  # critic minibatches in a pass
-    critic_learning_rate: float = 1e-3  # Adam step size of the critic
+    critic_epochs: int = 10  # critic passes over the rollout
+    critic_minibatches: int = 16  # critic minibatches in a pass
+    critic_learning_rate: float = 3e-4  # Adam step size of the critic
     critic_max_grad_norm: float = 5.0  # l2 bound on the critic's gradient
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
@@ -582,7 +582,7 @@ def main(args: Args):
     done = torch.zeros(args.num_envs, device=args.device)
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
     actor, critic = agent.policy, agent.critic
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])

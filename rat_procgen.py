@@ -790,7 +790,7 @@ def main(args: Args):
     spaces = envs.single_observation_space, envs.single_action_space
     agent = Agent(*spaces, args.channels, args.hidden).to(args.device)
     actor, critic = agent.policy, agent.critic
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])

@@ -66,7 +66,7 @@ class Args:
     memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
     kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
     vf_coef: float = 1.0  # weight of the critic in (8) and (8b), > 0
-    critic_step: float = 0.5  # share of its error that a block corrects, beta of (8b); track only
+    critic_step: float = 1.0  # share of its error that a block corrects, beta of (8b); track only
     learning_rate: float = 0.05  # first step size, and the largest except with track
     max_grad_norm: float = 0.5  # l2 bound nu of (4); track has none
     gamma: float = 0.99  # discount, in (0, 1]

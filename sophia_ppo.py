@@ -76,9 +76,9 @@ class Args:
     vf_coef: float = 0.5  # shared: weight of the critic's loss
     damping: float = 0.1  # diag: lambda, added to Fisher's diagonal
     max_grad_norm: float = 0.5  # l2 bound on the gradient, diag: on the direction
-    critic_epochs: int = 4  # critic passes over the rollout
-    critic_minibatches: int = 8  # critic minibatches in a pass
-    critic_learning_rate: float = 1e-3  # Adam step size of the critic
+    critic_epochs: int = 10  # critic passes over the rollout
+    critic_minibatches: int = 16  # critic minibatches in a pass
+    critic_learning_rate: float = 3e-4  # Adam step size of the critic
     critic_max_grad_norm: float = 5.0  # l2 bound on the critic's gradient
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]
@@ -673,7 +673,7 @@ def fit_actor(args, actor, optimizer, samples):
 
 
 OPTIMIZERS = {
-    "adam": partial(torch.optim.Adam, eps=1e-5),
+    "adam": partial(torch.optim.Adam, eps=1e-5, fused=True),
     "sophia": Sophia,
     "diag": torch.optim.SGD,
 }
@@ -695,7 +695,9 @@ def main(args: Args):
     agent.to(args.device)
     actor, critic = agent.actor, agent.critic
     optimizer = OPTIMIZERS[args.optimizer](actor.parameters(), lr=args.learning_rate)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate)
+    critic_optimizer = torch.optim.Adam(
+        critic.parameters(), lr=args.critic_learning_rate, fused=True
+    )
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])

@@ -298,7 +298,7 @@ def test_a_run_hands_on_what_the_rollout_says(kaczmarz, tmp_path, monkeypatch):
                 y, to_fit = targets.chunk(2)
                 y, ratio = y / rate, weights.chunk(2)[0]
                 error = block.returns - agent(block.obs).value.detach()
-                np.testing.assert_allclose(to_fit, 0.5 * error, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(to_fit, error, rtol=1e-4, atol=1e-5)
             else:
                 y = targets[0]
                 assert (targets[1] == 1).all()
