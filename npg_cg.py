@@ -251,7 +251,7 @@ def fail(sentence, code=2):
     raise SystemExit(code)
 
 
-def check_args(args, may_be_zero=("seed", "resume")):
+def check_args(args, may_be_zero):
     """Name a run without a name; raise ValueError for a value that cannot work.
 
     tyro prints the error's sentence and exits with code 2."""
@@ -268,7 +268,7 @@ def check_args(args, may_be_zero=("seed", "resume")):
             raise ValueError(f"{flag} must be at most 1.")
         if name.endswith("minibatches") and value > rollout // 4:  # a block may not be empty
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {rollout // 4}.")
-    if args.total_timesteps < rollout:
+    if args.total_timesteps < rollout and not args.resume:
         raise ValueError(
             f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}."
         )
@@ -512,7 +512,7 @@ def one_sentence(args):
     except (Exception, KeyboardInterrupt) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-        if (run_folder(args) / "checkpoint.pt").exists():
+        if os.path.exists(run_folder(args) / "checkpoint.pt"):  # False for a name too long
             fail(
                 f"{sentence}; continue with --resume --run-name {shlex.quote(args.run_name)} "
                 f"--output-dir {shlex.quote(args.output_dir)}",
