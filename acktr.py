@@ -101,7 +101,6 @@ def make_envs(args, seeds):
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
     obs, _ = envs.reset(seed=seeds)
-    check_finite("the first observation of the environment", obs)
     return envs, obs
 
 
@@ -716,8 +715,6 @@ def main(args: Args):
         agent.load_state_dict(saved["agent"])
         kfac.load_state_dict(saved["kfac"])
         optimizer.load_state_dict(saved["optimizer"])
-        envs.return_queue.extend(saved["episodes"][0])
-        envs.length_queue.extend(saved["episodes"][1])
     group = kfac.param_groups[0]  # holds the step size
     # Refuse a network before there is a run folder
     kfac.scores(sampled_log_likelihood(*actor(agent.normalizer(obs))))
@@ -732,7 +729,6 @@ def main(args: Args):
             "global_step": global_step,
             "wall_seconds": time.time() - started,
             "csv_size": logger.csv.tell(),
-            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
         }
         save_checkpoint(args, state)
 

@@ -99,7 +99,6 @@ def make_envs(args, seeds):
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
     obs, _ = envs.reset(seed=seeds)
-    check_finite("the first observation of the environment", obs)
     return envs, obs
 
 
@@ -586,8 +585,6 @@ def main(args: Args):
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        envs.return_queue.extend(saved["episodes"][0])
-        envs.length_queue.extend(saved["episodes"][1])
     logger = Logger(args, global_step, saved.get("csv_size", 0))
 
     def save():
@@ -599,7 +596,6 @@ def main(args: Args):
             "global_step": global_step,
             "wall_seconds": time.time() - started,
             "csv_size": logger.csv.tell(),
-            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
         }
         save_checkpoint(args, state)
 

@@ -114,7 +114,6 @@ def make_envs(args, seeds):
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
     obs, _ = envs.reset(seed=seeds)
-    check_finite("the first observation of the environment", obs)
     return envs, obs
 
 
@@ -725,8 +724,6 @@ def main(args: Args):
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
-        envs.return_queue.extend(saved["episodes"][0])
-        envs.length_queue.extend(saved["episodes"][1])
     zeros = [torch.zeros_like(p) for p in actor.parameters()]
     previous = dict(zip(actor.parameters(), saved.get("previous", zeros)))  # g_{j-1}
     first = agent.normalizer(obs)
@@ -743,7 +740,6 @@ def main(args: Args):
             "global_step": global_step,
             "wall_seconds": time.time() - started,
             "csv_size": logger.csv.tell(),
-            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
         }
         save_checkpoint(args, state)
 

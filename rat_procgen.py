@@ -795,8 +795,6 @@ def main(args: Args):
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         vars(scaled.return_rms).update(saved["reward_statistics"])
-        games.return_queue.extend(saved["episodes"][0])
-        games.length_queue.extend(saved["episodes"][1])
     tape_chunk(actor, obs, actor(obs).mode)  # refuses before there is a run folder
     zeros = [torch.zeros_like(p) for p in actor.parameters()]
     previous = dict(zip(actor.parameters(), saved.get("previous", zeros)))  # g_{j-1}
@@ -814,7 +812,6 @@ def main(args: Args):
             "global_step": global_step,
             "wall_seconds": time.time() - started,
             "csv_size": logger.csv.tell(),
-            "episodes": np.array([games.return_queue, games.length_queue]).tolist(),
         }
         save_checkpoint(args, state)
 

@@ -109,7 +109,6 @@ def make_envs(args, seeds):
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
     obs, _ = envs.reset(seed=seeds)
-    check_finite("the first observation of the environment", obs)
     return envs, obs
 
 
@@ -664,12 +663,15 @@ def joint_step(args, agent, block, previous, learning_rate):
     damping = args.damping * (1 + args.vf_coef) / 2 * trace  # relative to the mean over all rows
     targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
     step = kaczmarz_step(scores, targets, weights, damping, previous)
-    metrics = {
-        "rat/damping": damping,
-        "rat/fisher_norm": (ratio * product(scores, step)[: len(y)].square()).mean().sqrt(),
-        "rat/agreement": (y * normalized(product(scores, previous)[: len(y)])).mean(),
-    }
-    return step, step, metrics
+    change = (ratio * product(scores, step)[: len(y)].square()).mean().sqrt()  # of log pi
+    for p, d in step.items():
+        p.add_(d)
+    kl = kl_divergence(policy, agent.policy(block.obs)).mean()
+    factor = (args.kl_low / kl).sqrt().clamp(max=1)  # less where (8b) is a bad approximation
+    for p, d in step.items():
+        p.sub_(d)
+        d.mul_(factor)
+    return step, step, {"rat/damping": damping, "rat/fisher_norm": change}
 
 
 def sampled_step(args, agent, block, previous, learning_rate):
@@ -717,8 +719,6 @@ def main(args: Args):
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
     if saved:
         agent.load_state_dict(saved["agent"])
-        envs.return_queue.extend(saved["episodes"][0])
-        envs.length_queue.extend(saved["episodes"][1])
     zeros = [torch.zeros_like(p) for p in agent.parameters()]
     previous = dict(zip(agent.parameters(), saved.get("previous", zeros)))  # of the block before
     logger = Logger(args, global_step, saved.get("csv_size", 0))
@@ -732,7 +732,6 @@ def main(args: Args):
             "global_step": global_step,
             "wall_seconds": time.time() - started,
             "csv_size": logger.csv.tell(),
-            "episodes": np.array([envs.return_queue, envs.length_queue]).tolist(),
         }
         save_checkpoint(args, state)
 

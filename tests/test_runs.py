@@ -202,7 +202,6 @@ def test_resume_restores_everything_but_the_environments(script, tmp_path):
     after = checkpoint(tmp_path / "state")
     assert after.pop("args") == before.pop("args") | {"resume": True}
     assert after.pop("wall_seconds") > before.pop("wall_seconds") > 0
-    assert len(before["episodes"][0]) > 0
     assert before["global_step"] == 640
     different = [key for key in before if not same(before[key], after[key])]
     assert not different

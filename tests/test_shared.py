@@ -10,6 +10,7 @@ import torch
 from conftest import flat, learn
 from recording import check_block, check_statistics, recompute, record, values_of
 from torch import nn
+from torch.distributions import kl_divergence
 from torch.func import functional_call, jacrev
 
 import rat_shared as rat
@@ -95,7 +96,7 @@ def like(agent, vector):
 @every_policy
 def test_joint_step_is_the_least_squares_solution_over_three_blocks(policy, memory):
     """(8b) the p x p way: policy's and critic's rows, damping relative to their mean square."""
-    args = rat.Args(damping=0.02, vf_coef=0.6, critic_step=0.7)
+    args = rat.Args(damping=0.02, vf_coef=0.6, critic_step=0.7, kl_low=1e9)  # no bound
     step = torch.zeros(1).double()
     for seed in range(3):
         agent, block, _ = problem(policy, seed=seed)
@@ -116,10 +117,26 @@ def test_joint_step_is_the_least_squares_solution_over_three_blocks(policy, memo
         assert torch.equal(flat(remembered.values()), flat(applied.values()))
         norm = (w * (h @ step).square()).mean().sqrt().item()
         assert float(metrics["rat/fisher_norm"]) == pytest.approx(norm, rel=1e-3)
-        agreement = 0.0
-        if start.any():
-            agreement = torch.corrcoef(torch.stack([y, h @ start]))[0, 1].item()
-        assert float(metrics["rat/agreement"]) == pytest.approx(agreement, abs=1e-4)
+        assert float(metrics["rat/damping"]) == pytest.approx(damping.item() / 2, rel=1e-4)
+
+
+@every_policy
+def test_a_block_moves_the_policy_no_further_than_the_kl_allows(policy):
+    """Else the step is shortened as if the KL were quadratic in it, and is what is remembered."""
+    agent, block, _ = problem(policy)
+    nothing = {p: torch.zeros_like(p) for p in agent.parameters()}
+    before = flat(agent.parameters())
+    whole, *_ = rat.joint_step(rat.Args(kl_low=1e9), agent, block, nothing, 0.3)
+    moved = copy.deepcopy(agent)
+    for p, d in zip(moved.parameters(), whole.values()):
+        p.data += d
+    kl = kl_divergence(agent.policy(block.obs), moved.policy(block.obs)).mean().item()
+    assert kl > 2e-3
+    step, remembered, _ = rat.joint_step(rat.Args(kl_low=1e-3), agent, block, nothing, 0.3)
+    expected = (1e-3 / kl) ** 0.5 * flat(whole.values()).double()
+    assert relative(flat(step.values()), expected) < 1e-3
+    assert torch.equal(flat(remembered.values()), flat(step.values()))
+    torch.testing.assert_close(flat(agent.parameters()), before, rtol=0, atol=1e-6)
 
 
 PUBLISHED = {  # passes, lambda, what the next rollout starts from, KL bounds
