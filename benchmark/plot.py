@@ -52,7 +52,8 @@ LOOKS = {  # one colour a method in every picture; tables and legends are in thi
     "sophia": Look("Sophia", "#6a3d9a", ":", "<"),
     "diag": Look("diag", "#7f7f7f", "-.", ">"),
     "off": Look("off", "#b30000", "--", "p"),  # settings of --kaczmarz
-    "paper": Look("paper", "#000000", "-", "o"),  # RAT's default
+    "track": Look("track", "#000000", "-", "o"),  # RAT's default
+    "paper": Look("paper", "#005f5f", "-.", "d"),
     "release": Look("release", "#808000", ":", "h"),
     "release_separate": Look("RAT, authors' code", "#808000", ":", "h"),
     "release_shared": Look("RAT shared, authors' code", "#808000", "-.", "H"),

@@ -662,10 +662,10 @@ def test_a_method_has_one_colour_in_every_picture():
     together = plot.choose_looks([*plot.LOOKS, "mine"])
     for method, look in plot.LOOKS.items():
         assert plot.choose_looks(["mine", method])[method] == together[method] == look
-    assert together["paper"][1:] == together["rat"][1:]
+    assert together["track"][1:] == together["rat"][1:]
     assert together["release_separate"].color == together["release"].color
     assert together["rat_continuous"] == together["rat"]
-    own = [*METHODS, "off", "release", "mine"]
+    own = [*METHODS, "paper", "off", "release", "mine"]
     assert len({together[method].color for method in own}) == len(own)
 
 
