@@ -333,6 +333,18 @@ def test_learning_rate_follows_the_kl(script, low, options, tmp_path):
     assert factors == {1 / 1.5, 1, 1.5}
 
 
+@pytest.mark.parametrize("kaczmarz", ["track", "paper"])
+@pytest.mark.parametrize("script", ["rat_continuous", "rat_shared"])
+def test_only_track_exceeds_its_first_step_size(script, kaczmarz, tmp_path):
+    """Which is too small for any KL here."""
+    where = ["--output-dir", tmp_path, "--run-name", "x", "--kaczmarz", kaczmarz]
+    steps = ["--total-timesteps", 64 * 4, "--learning-rate", 1e-4, "--kl-low", 10.0]
+    train(script, *small(script), *steps, *where)
+    rates = [float(row["learning_rate"]) for row in read_csv(tmp_path / "x")]
+    growth = 1.5 if kaczmarz == "track" else 1.0
+    np.testing.assert_allclose(rates, 1e-4 * growth ** np.arange(4))
+
+
 @pytest.mark.parametrize(
     ("learning_rate", "kl", "following"),
     [
