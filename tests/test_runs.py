@@ -366,7 +366,6 @@ BAD = {
     "unknown version": (["--env-id", "HalfCheetah-v99"], "version `v99`"),
     "unknown module": (["--env-id", "no_module:Task-v1"], "no_module"),
     "bad constructor": (["--env-id", "toy_envs:BadConstructor-v0"], "wrong_keyword"),
-    "first observation": (["--env-id", "toy_envs:NanFirst-v0"], "first observation"),
     "unbounded actions": (["--env-id", "toy_envs:UnboundedActions-v0"], "TransformAction"),
     "huge bounds": (["--env-id", "toy_envs:HugeActions-v0"], "finite bounds"),
     "wide bounds": (["--env-id", "toy_envs:WideActions-v0"], "finite bounds"),
