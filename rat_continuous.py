@@ -19,8 +19,8 @@ Run: python rat_continuous.py --env-id HalfCheetah-v5. Equation numbers: docs/al
         advantages and returns                                           gae
         drop the steps that only reset, renew the running statistics     gather_samples
         for each pass, for each block of samples:                        minibatches
-            g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      rat_direction, (3)
-            theta = theta + eta g / |H g|                                kaczmarz_direction, (4)
+            g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      kaczmarz_step, (3)
+            theta = theta + eta g / |H g|                                kaczmarz_direction, (4b)
         regress the critic on the returns                                fit_critic
         adapt eta to the KL divergence                                   adapt_learning_rate
         write a row of metrics and a checkpoint                          Logger, save_checkpoint

@@ -19,8 +19,8 @@ Run: python rat_procgen.py --env-id starpilot. Equation numbers: docs/algorithm.
         advantages and returns                                           gae
         renew the statistics of returns                                  gather_samples
         for each pass, for each block of samples:                        minibatches
-            g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      rat_direction, (3)
-            theta = theta + eta g / |H g|                                kaczmarz_direction, (4)
+            g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      kaczmarz_step, (3)
+            theta = theta + eta g / |H g|                                kaczmarz_direction, (4b)
         regress the critic on the returns                                fit_critic
         now and then, play unseen levels                                 evaluate
         adapt eta to the KL divergence                                   adapt_learning_rate
@@ -201,8 +201,8 @@ class Impala(nn.Module):
     """Three stages, a hidden layer and a head (Espeholt et al. 2018): [B, h, w, 3] to the head's.
 
     A stage is a convolution, a pooling that halves the image and two residual blocks. Glorot
-    initialisation up to the head: PyTorch's leaves a new policy's scores far below the damping.
-    Without gradients it takes 512 images at a time: a rollout's would take gigabytes."""
+    initialisation up to the head: PyTorch's leaves a new policy's scores far below the published
+    damping. Without gradients it takes 512 images at a time: a rollout's would take gigabytes."""
 
     def __init__(self, shape, channels, hidden, head):
         super().__init__()

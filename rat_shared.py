@@ -650,7 +650,8 @@ def joint_step(args, agent, block, previous, learning_rate):
     """--kaczmarz track: what to add to theta for a block, the next block's previous, metrics.
 
     D of (8b): the policy's rows h_i and the critic's v_i = grad V(s_i) in one least squares, the
-    policy's to follow eta y, the critic's to correct the share beta of its error."""
+    policy's to follow eta y, the critic's to correct the share beta of its error. It is shortened,
+    and remembered so, where it would move the policy by more than kl_low nats."""
     y = normalized(block.advantages)
     policy, value = agent(block.obs)
     ratio = (policy.log_prob(block.actions) - block.log_prob).exp().clamp(0.1, 10)  # w
@@ -667,7 +668,7 @@ def joint_step(args, agent, block, previous, learning_rate):
     for p, d in step.items():
         p.add_(d)
     kl = kl_divergence(policy, agent.policy(block.obs)).mean()
-    factor = (args.kl_low / kl).sqrt().clamp(max=1)  # less where (8b) is a bad approximation
+    factor = (args.kl_low / kl.abs()).sqrt().clamp(max=1)  # less where (8b) is a bad approximation
     for p, d in step.items():
         p.sub_(d)
         d.mul_(factor)
