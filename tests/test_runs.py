@@ -59,10 +59,11 @@ def wait_for(condition, seconds=60):
 
 
 def start(script, *arguments):
-    """The script in a process of its own."""
+    """The script in a process of its own, which Ctrl-C reaches also where pytest ignores it."""
     words = command(script, *arguments)
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, env=environment(), **pipes)
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(words, env=environment(), **options)
 
 
 def rows_of(folder):
