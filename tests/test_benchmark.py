@@ -124,6 +124,7 @@ def start_benchmark(*arguments, script=ROOT / "benchmark.sh", **variables):
     return subprocess.Popen(
         ["bash", str(script), *arguments],
         env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Ctrl-C works
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
