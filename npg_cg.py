@@ -269,7 +269,8 @@ def check_args(args, may_be_zero):
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {rollout // 4}.")
     if args.total_timesteps < rollout and not args.resume:
         raise ValueError(
-            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}."
+            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}: give more, "
+            "or fewer --num-envs or --num-steps."
         )
     if args.num_steps < 2:
         raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
@@ -517,7 +518,7 @@ def one_sentence(args):
                 f"--output-dir {shlex.quote(args.output_dir)}",
                 code=1,
             )
-        fail(sentence)
+        fail(f"{sentence}: check --env-id {args.env_id} and what it needs installed, see --help")
 
 
 # ---- The algorithm's core: Fisher-vector products, conjugate gradients, line search -----------

@@ -276,7 +276,8 @@ def check_args(args, may_be_zero):
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {rollout // 4}.")
     if args.total_timesteps < rollout and not args.resume:
         raise ValueError(
-            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}."
+            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}: give more, "
+            "or fewer --num-envs or --num-steps."
         )
     if args.num_steps < 2:
         raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
@@ -524,7 +525,7 @@ def one_sentence(args):
                 f"--output-dir {shlex.quote(args.output_dir)}",
                 code=1,
             )
-        fail(sentence)
+        fail(f"{sentence}: check --env-id {args.env_id} and what it needs installed, see --help")
 
 
 # ---- The algorithm's core: scores, transformed advantages, block Kaczmarz --------------------
@@ -634,17 +635,17 @@ def solve(scores, rhs, ratio, damping):
     solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
     if info != 0 or not solution.isfinite().all():
         raise FloatingPointError(
-            "the actor update's Cholesky solve is not finite: "
-            "scores or advantages are bad, or damping is too low"
+            "the actor update's Cholesky solve is not finite, of bad scores or advantages or for "
+            "a policy that is certain of all actions: raise --damping or lower --learning-rate"
         )
     return solution.to(rhs.dtype)
 
 
-def kaczmarz_step(scores, y, ratio, damping, previous):
+def kaczmarz_step(scores, residual, ratio, damping, previous):
     """g_j of (3): minimiser of |y - H g|^2_Sigma + damping |g - previous|^2, (1) for previous 0.
 
-    previous, g_{j-1}, and the result map parameters to tensors of their shapes."""
-    residual = y - product(scores, previous)  # [B]
+    residual is y - H previous [B]; previous, g_{j-1}, and the result map parameters to tensors of
+    their shapes."""
     increment = transposed_product(scores, solve(scores, residual, ratio, damping))
     return {p: g + increment.get(p, 0) for p, g in previous.items()}  # 0 where p is frozen
 
@@ -667,7 +668,8 @@ def rat_direction(
     if previous is None:
         previous = [torch.zeros_like(p) for p in actor.parameters()]
     remembered = dict(zip(actor.parameters(), previous, strict=True))
-    return list(kaczmarz_step(scores, advantages, weights, damping, remembered).values())
+    residual = advantages - product(scores, remembered)
+    return list(kaczmarz_step(scores, residual, weights, damping, remembered).values())
 
 
 @torch.no_grad()
@@ -687,7 +689,8 @@ def kaczmarz_direction(args, actor, block, previous):
     trace = (ratio * score_norm_sq(scores)).mean()  # of S H H^T S
     track = args.kaczmarz == "track"
     damping = args.damping * (trace if track else 1)
-    direction = kaczmarz_step(scores, y, ratio, damping, previous)
+    predicted = product(scores, previous)  # H g_{j-1}, [B]
+    direction = kaczmarz_step(scores, y - predicted, ratio, damping, previous)
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
     fisher_norm = (ratio * product(scores, direction).square()).mean().sqrt()
@@ -700,7 +703,7 @@ def kaczmarz_direction(args, actor, block, previous):
         "rat/damping": damping,
         "rat/relative_damping": damping / trace,
         "rat/fisher_norm": fisher_norm,
-        "rat/agreement": (y * normalized(product(scores, previous))).mean(),
+        "rat/agreement": (y * normalized(predicted)).mean(),
     }
     return applied, remembered, metrics
 

@@ -302,7 +302,8 @@ def check_args(args, may_be_zero):
             raise ValueError(f"{flag} must be at most num_envs * num_steps / 4 = {rollout // 4}.")
     if args.total_timesteps < rollout and not args.resume:
         raise ValueError(
-            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}."
+            f"--total-timesteps {args.total_timesteps} is below a rollout's {rollout}: give more, "
+            "or fewer --num-envs or --num-steps."
         )
     if args.num_steps < 2:
         raise ValueError(f"--num-steps {args.num_steps} must be at least 2.")
@@ -536,7 +537,7 @@ def one_sentence(args):
                 f"--output-dir {shlex.quote(args.output_dir)}",
                 code=1,
             )
-        fail(sentence)
+        fail(f"{sentence}: check --env-id {args.env_id} and what it needs installed, see --help")
 
 
 # ---- The algorithm's core: scores, block Kaczmarz, actor and critic in one --------------------
@@ -630,17 +631,17 @@ def solve(scores, rhs, ratio, damping):
     solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
     if info != 0 or not solution.isfinite().all():
         raise FloatingPointError(
-            "the actor update's Cholesky solve is not finite: "
-            "scores or advantages are bad, or damping is too low"
+            "the actor update's Cholesky solve is not finite, of bad scores or advantages or for "
+            "a policy that is certain of all actions: raise --damping or lower --learning-rate"
         )
     return solution.to(rhs.dtype)
 
 
-def kaczmarz_step(scores, y, ratio, damping, previous):
+def kaczmarz_step(scores, residual, ratio, damping, previous):
     """g_j of (3): minimiser of |y - H g|^2_Sigma + damping |g - previous|^2, (1) for previous 0.
 
-    previous, g_{j-1}, and the result map parameters to tensors of their shapes."""
-    residual = y - product(scores, previous)  # [B]
+    residual is y - H previous [B]; previous, g_{j-1}, and the result map parameters to tensors of
+    their shapes."""
     increment = transposed_product(scores, solve(scores, residual, ratio, damping))
     return {p: g + increment.get(p, 0) for p, g in previous.items()}  # 0 where p is frozen
 
@@ -663,7 +664,8 @@ def joint_step(args, agent, block, previous, learning_rate):
     weights = torch.cat([ratio, value_weight.expand(len(y))])
     damping = args.damping * (1 + args.vf_coef) / 2 * trace  # relative to the mean over all rows
     targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
-    step = kaczmarz_step(scores, targets, weights, damping, previous)
+    residual = targets - product(scores, previous)
+    step = kaczmarz_step(scores, residual, weights, damping, previous)
     change = (ratio * product(scores, step)[: len(y)].square()).mean().sqrt()  # of log pi
     for p, d in step.items():
         p.add_(d)

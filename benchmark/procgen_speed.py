@@ -49,7 +49,7 @@ def make_update(method, args):
     actions = torch.randint(15, (args.samples,), device=args.device)
     y = torch.randn(args.samples, device=args.device)
     ratio = torch.ones_like(y)
-    previous = {p: torch.zeros_like(p) for p in actor.parameters()}
+    zeros = {p: torch.zeros_like(p) for p in actor.parameters()}
 
     @torch.no_grad()
     def update():
@@ -57,7 +57,7 @@ def make_update(method, args):
             scores = rat_procgen.tape_scores(actor, obs, actions, args.kernel_memory)
         else:
             scores = rat_continuous.vmap_scores(actor, obs.float(), actions)
-        direction = rat_procgen.kaczmarz_step(scores, y, ratio, 0.1, previous)
+        direction = rat_procgen.kaczmarz_step(scores, y, ratio, 0.1, zeros)
         for p, d in direction.items():
             p.add_(d, alpha=1e-6)
         if args.device == "cuda":

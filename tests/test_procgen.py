@@ -415,9 +415,10 @@ def record(folder, monkeypatch, kaczmarz, *more):
         blocks.append(block)
         return block_scores(args, actor, block)
 
-    def recorded_step(scores, y, ratio, damping, previous):
+    def recorded_step(scores, residual, ratio, damping, previous):
         before = copy.deepcopy(agents[0])
-        result = step(scores, y, ratio, damping, previous)
+        y = residual + rat.product(scores, previous)
+        result = step(scores, residual, ratio, damping, previous)
         ends = flat(previous.values()), flat(result.values())
         recordings[-1].blocks.append((before, blocks[-1], y, ratio, damping, *ends))
         return result

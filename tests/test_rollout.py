@@ -290,9 +290,9 @@ def test_a_run_hands_its_core_and_critic_what_the_rollout_says(tmp_path, monkeyp
     handed = []
     kaczmarz_step = rat.kaczmarz_step
 
-    def recorded(scores, y, ratio, damping, previous):
-        handed.append((y.clone(), ratio.clone(), damping))
-        return kaczmarz_step(scores, y, ratio, damping, previous)
+    def recorded(scores, residual, ratio, damping, previous):
+        handed.append((residual.clone(), ratio.clone(), damping))  # y, as previous is zero
+        return kaczmarz_step(scores, residual, ratio, damping, previous)
 
     monkeypatch.setattr(rat, "kaczmarz_step", recorded)
     iterations = record("rat_continuous", "kaczmarz_direction", tmp_path, monkeypatch, *more)

@@ -379,7 +379,7 @@ BAD = {
     "blocks of one sample": (["--num-minibatches", "17"], "--num-minibatches 17"),
     "zero epochs": (["--update-epochs", "0"], "--update-epochs 0"),
     "zero minibatches": (["--num-minibatches", "0"], "--num-minibatches 0"),
-    "no whole rollout": (["--total-timesteps", "63"], "--total-timesteps 63"),
+    "no whole rollout": (["--total-timesteps", "63"], "give more, or fewer --num-envs"),
     "not an integer": (["--total-timesteps", "1e6"], "'1e6'"),
     "zero damping": (["--damping", "0"], "--damping 0"),
     "negative damping": (["--damping", "-0.1"], "--damping -0.1"),
@@ -389,8 +389,9 @@ BAD = {
     "gamma above 1": (["--gamma", "1.01"], "--gamma 1.01"),
     "negative seed": (["--seed", "-1"], "--seed -1"),
     "large seed": (["--seed", 2**31], "--seed 2147483648"),
-    "envpool missing": (["--vectorization", "envpool"], "envpool"),
+    "envpool missing": (["--vectorization", "envpool"], "needs installed"),
     "resume without checkpoint": (["--resume", "--run-name", "nothing"], "nothing/checkpoint.pt"),
+    "malformed id": (["--env-id", "a:b:c"], "check --env-id a:b:c"),
     "unknown choice": (["--vectorization", "sometimes"], "vectorization"),
     "long name": (["--run-name", "x" * 300], "name too long"),
 }
@@ -417,6 +418,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(script, case, tmp_path, mo
     where = ["--total-timesteps", 640, "--output-dir", tmp_path / "runs"]
     assert named.lower() in refused(capsys, script, *small(script), *where, *arguments).lower()
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("script", ["rat_continuous", "rat_shared"])
+def test_more_memory_than_all_is_refused(script, tmp_path, capsys):
+    said = refused(capsys, script, "--memory", 1.1, "--output-dir", tmp_path / "runs")
+    assert "--memory 1.1 must be at most 1" in said
 
 
 @every_script
