@@ -399,7 +399,7 @@ def record(folder, monkeypatch, kaczmarz, *more):
     """Train two iterations of two passes with large steps; a Recording each, rows of the CSV."""
     recordings = []
     collect, step, fit = rat.collect, rat.kaczmarz_step, rat.fit_critic
-    block_scores = rat.block_scores
+    block_scores, tape_scores = rat.block_scores, rat.tape_scores
     clip = nn.utils.clip_grad_norm_
     agents = []
     blocks = []
@@ -414,6 +414,10 @@ def record(folder, monkeypatch, kaczmarz, *more):
     def recorded_scores(args, actor, block):
         blocks.append(block)
         return block_scores(args, actor, block)
+
+    def recorded_tape(actor, obs, actions, kernel_memory=512):
+        assert kernel_memory == 100
+        return tape_scores(actor, obs, actions, kernel_memory)
 
     def recorded_step(scores, residual, ratio, damping, previous):
         before = copy.deepcopy(agents[0])
@@ -434,6 +438,7 @@ def record(folder, monkeypatch, kaczmarz, *more):
 
     monkeypatch.setattr(rat, "collect", recorded_collect)
     monkeypatch.setattr(rat, "block_scores", recorded_scores)
+    monkeypatch.setattr(rat, "tape_scores", recorded_tape)
     monkeypatch.setattr(rat, "kaczmarz_step", recorded_step)
     monkeypatch.setattr(rat, "fit_critic", recorded_fit)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", recorded_clip)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import flat, train
+from conftest import flat, read_csv, train
 from recording import check_block, check_critic, check_statistics, recompute, record
 
 import rat_continuous as rat
@@ -31,10 +31,12 @@ def test_what_blocks_remember(script, kaczmarz, tmp_path, monkeypatch):
     core = STEPS[script, kaczmarz]
     original = getattr(module, core)
     seen = []  # (previous before, after) of each block
+    measured = []
 
     def recorded(args, model, block, previous, *more):
         result = original(args, model, block, previous, *more)
         seen.append((flat(previous.values()), flat(result[1].values())))
+        measured.append({name: float(value) for name, value in result[2].items()})
         return result
 
     monkeypatch.setattr(module, core, recorded)
@@ -42,8 +44,13 @@ def test_what_blocks_remember(script, kaczmarz, tmp_path, monkeypatch):
     arguments = ["--env-id", "InvertedPendulum-v5", *small, "--update-epochs", 1]
     if kaczmarz == "track":
         arguments += ["--memory", 0.7]
-    train(script, *arguments, "--kaczmarz", kaczmarz, "--output-dir", tmp_path)
+    where = ["--output-dir", tmp_path, "--run-name", "x"]
+    train(script, *arguments, "--kaczmarz", kaczmarz, *where)
     assert len(seen) == 3 * 2
+    for number, row in enumerate(read_csv(tmp_path / "x")):  # metrics: the mean of two blocks
+        for tag, first in measured[2 * number].items():
+            mean = (first + measured[2 * number + 1][tag]) / 2
+            assert float(row[tag.split("/")[1]]) == pytest.approx(mean, rel=1e-5, abs=1e-8)
     left = torch.zeros_like(seen[0][0])
     for number, (before, after) in enumerate(seen):
         share = MEMORY[kaczmarz] if number % 2 == 0 else 1
