@@ -21,7 +21,7 @@ Run: python npg_cg.py --env-id HalfCheetah-v5. Symbols: docs/algorithm.md.
         for each pass, for each block of samples:                 minibatches
             g = H^T Sigma y                                       policy_gradient
             d = (F + lambda I)^-1 g                               natural_gradient
-            eta by a bound on d, with --line-search on the KL     clipped_step_size, trpo_step_size
+            eta by the length of d, with --line-search the KL     step_size, trpo_step_size
             theta = theta + eta d                                 move
         regress the critic on the returns                         fit_critic
         adapt eta to the KL divergence, not with --line-search    adapt_learning_rate
@@ -66,9 +66,9 @@ class Args:
     cg_iterations: int | None = None  # of a solve; default 10, with line_search 15
     update_epochs: int = 4  # actor passes over the rollout
     num_minibatches: int = 4  # actor blocks in a pass
-    learning_rate: float = 0.05  # first and largest actor step size; the KL adapts it below that
-    clip: Literal["fisher", "l2", "none"] = "fisher"  # bound d^T (F + lambda I) d, |d| or nothing
-    max_grad_norm: float = 0.5  # that bound
+    learning_rate: float = 0.05  # first actor step size; the KL adapts it
+    clip: Literal["normalize", "fisher", "l2", "none"] = "normalize"  # see step_size
+    max_grad_norm: float = 0.5  # bound nu of fisher and l2
     line_search: bool = False  # TRPO: one step a rollout, on all of it; the 5 above: no effect
     target_kl: float = 0.01  # largest KL divergence of TRPO's step, delta
     critic_epochs: int = 10  # critic passes over the rollout
@@ -608,11 +608,15 @@ def relative_residual(actor, obs, damping, g, d):
     return left.norm() / g.norm().clamp(min=1e-12)
 
 
-def clipped_step_size(args, g, d, learning_rate):
-    """eta = learning_rate min(1, nu / length of d).
+def step_size(args, g, d, learning_rate):
+    """eta in theta + eta d.
 
-    fisher: d^T (F + lambda I) d without a root, the published code's rule; l2: |d|; none: 0."""
+    normalize: every step is learning_rate long, as the root of d^T (F + lambda I) d measures it.
+    fisher:    learning_rate min(1, nu / d^T (F + lambda I) d), without a root: the published code.
+    l2, none:  the same of |d|, or without a bound."""
     curvature = d @ g  # d^T (F + lambda I) d, as d is orthogonal to what the solve leaves of g
+    if args.clip == "normalize":
+        return learning_rate / (curvature.clamp(min=0).sqrt() + 1e-6)
     lengths = {"fisher": curvature, "l2": d.norm(), "none": 0 * curvature}
     factor = args.max_grad_norm / (lengths[args.clip] + 1e-6)
     return learning_rate * factor.clamp(max=1)
@@ -620,7 +624,7 @@ def clipped_step_size(args, g, d, learning_rate):
 
 def trpo_step_size(args, actor, block, g, d):
     """eta = 0.8^k sqrt(2 delta / d^T (F + lambda I) d): at k = 0 a quadratic KL would be delta."""
-    curvature = (d @ g).clamp(min=1e-10)  # as in clipped_step_size
+    curvature = (d @ g).clamp(min=1e-10)  # as in step_size
     full = (2 * args.target_kl / curvature).sqrt()
     return full * line_search(actor, block, full * d, args.target_kl)
 
@@ -699,7 +703,7 @@ def main(args: Args):
                 if args.line_search:
                     eta = trpo_step_size(args, actor, block, g, d)
                 else:
-                    eta = clipped_step_size(args, g, d, learning_rate)
+                    eta = step_size(args, g, d, learning_rate)
                 move(actor, eta * d)
                 norms.append(d.norm())
                 step_sizes.append(eta)
@@ -718,7 +722,8 @@ def main(args: Args):
         logger.write(global_step, metrics)
         if not args.line_search:
             kl = metrics["losses/kl"].item()
-            learning_rate = adapt_learning_rate(learning_rate, kl, 0.004, args.learning_rate)
+            largest = np.inf if args.clip == "normalize" else args.learning_rate
+            learning_rate = adapt_learning_rate(learning_rate, kl, 0.004, largest)
         save()
 
     logger.close()

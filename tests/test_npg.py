@@ -302,20 +302,33 @@ def test_iterations_of_a_solve_by_default(options, iterations):
     assert npg_cg.Args(**options, cg_iterations=7).cg_iterations == 7
 
 
-@pytest.mark.parametrize("clip", ["fisher", "l2", "none"])
+@pytest.mark.parametrize("clip", ["normalize", "fisher", "l2", "none"])
 @pytest.mark.parametrize("bound", [0.01, 100.0])
-def test_clip_bounds_the_step(clip, bound):
-    """fisher: d^T (F + lambda I) d, without a root."""
+def test_step_sizes(clip, bound):
+    """normalize: of the same length in the damped Fisher norm; fisher: its square is bounded."""
     actor, block = problem("gaussian")
     args = npg_cg.Args(clip=clip, max_grad_norm=bound)
     g = npg_cg.policy_gradient(actor, block)
     d = npg_cg.natural_gradient(actor, block.obs, g, args.damping, args.cg_iterations)
     dense = damped(fisher(actor, block.obs), args.damping)
     curvature = (d.double() @ dense @ d.double()).item()
+    found = npg_cg.step_size(args, g, d, 0.03).item()
+    if clip == "normalize":
+        assert found * curvature**0.5 == pytest.approx(0.03, rel=1e-3)
+        assert npg_cg.step_size(args, 0 * g, 0 * d, 0.03).isfinite()
+        return
     length = {"fisher": curvature, "l2": d.norm().item(), "none": 0.0}[clip]
     expected = 0.03 * min(1, bound / (length + 1e-6))
-    assert npg_cg.clipped_step_size(args, g, d, 0.03).item() == pytest.approx(expected, rel=1e-3)
+    assert found == pytest.approx(expected, rel=1e-3)
     assert (expected < 0.02) == (bound == 0.01 and clip != "none")
+
+
+@pytest.mark.parametrize(("clip", "bounded"), [("normalize", False), ("fisher", True)])
+def test_a_step_size_grows_without_a_limit_only_where_steps_are_normalized(clip, bounded, tmp_path):
+    options = ["--total-timesteps", 640, "--clip", clip, "--learning-rate", 1e-3]
+    sizes = [row["learning_rate"] for row in rows(tmp_path, "npg_cg", *options)]
+    assert max(sizes) == (1e-3 if bounded else sizes[-1])
+    assert (sizes[-1] > 1e-3) != bounded
 
 
 # ---- Rank one --------------------------------------------------------------------------------
@@ -362,9 +375,12 @@ def weighted_gradient(actor, obs, actions, weighted):
     return flat(torch.autograd.grad(loss, list(actor.parameters())))
 
 
-def applied(script, bound, row, gradient, direction):
-    """The step that a direction leads to: eta of the row, bounded by the script's rule."""
-    length = direction @ gradient if script == "npg_cg" else direction.norm()
+def applied(clip, bound, row, gradient, direction):
+    """The step that a direction leads to: eta of the row, bounded or normalised."""
+    curvature = direction @ gradient
+    if clip == "normalize":
+        return row["learning_rate"] / curvature.sqrt() * direction
+    length = curvature if clip == "fisher" else direction.norm()
     return row["learning_rate"] * min(1.0, bound / (length.item() + 1e-6)) * direction
 
 
@@ -382,11 +398,15 @@ def check_core(script, handed, actor, block, g):
 
 
 @pytest.mark.parametrize(
-    ("script", "core", "bound", "rate"),
-    [("npg_cg", "natural_gradient", 0.5, 0.6), ("npg_rank1", "rank1_direction", 5.0, 0.02)],
+    ("script", "core", "clip", "bound", "rate"),
+    [
+        ("npg_cg", "natural_gradient", "normalize", 0.5, 0.4),
+        ("npg_cg", "natural_gradient", "fisher", 0.5, 0.6),
+        ("npg_rank1", "rank1_direction", "l2", 5.0, 0.02),
+    ],
 )
 def test_a_run_hands_its_core_and_critic_what_the_rollout_says(
-    script, core, bound, rate, tmp_path, monkeypatch
+    script, core, clip, bound, rate, tmp_path, monkeypatch
 ):
     """Two iterations with many resets, recomputed in NumPy: gradients, ratios, steps, metrics."""
     module = importlib.import_module(script)
@@ -394,6 +414,7 @@ def test_a_run_hands_its_core_and_critic_what_the_rollout_says(
     directions = spy(monkeypatch, module, core)
     more = ["--update-epochs", 2, "--num-minibatches", 2, "--learning-rate", rate]
     more += ["--max-grad-norm", bound]
+    more += ["--clip", clip] if script == "npg_cg" else []
     iterations = record(script, "policy_gradient", tmp_path, monkeypatch, *more)
     expected = recompute(iterations)
     check_statistics(iterations, expected)
@@ -416,7 +437,7 @@ def test_a_run_hands_its_core_and_critic_what_the_rollout_says(
             assert relative(g, weighted_gradient(now.policy, obs, actions, weighted)) < 1e-2
             check_core(script, handed, now.policy, block, g)
             moved = flat(after.policy.parameters()) - flat(now.policy.parameters())
-            step = applied(script, bound, iteration.row, g, d)
+            step = applied(clip, bound, iteration.row, g, d)
             torch.testing.assert_close(moved, step, rtol=1e-2, atol=1e-5)
             seen += chosen
             ratios += ratio.tolist()
