@@ -54,6 +54,7 @@ LOOKS = {  # one colour a method in every picture; tables and legends are in thi
     "off": Look("off", "#b30000", "--", "p"),  # settings of --kaczmarz
     "track": Look("track", "#000000", "-", "o"),  # RAT's default
     "paper": Look("paper", "#005f5f", "-.", "d"),
+    "rat_paper": Look("RAT, paper's rule", "#005f5f", "-.", "d"),
     "release": Look("release", "#808000", ":", "h"),
     "release_separate": Look("RAT, authors' code", "#808000", ":", "h"),
     "release_shared": Look("RAT shared, authors' code", "#808000", "-.", "H"),
