@@ -179,7 +179,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
+        self.moments.lerp_(powers.mean(1), 1e-5)  # slow: debiased, nearly the mean of all so far
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -325,7 +325,7 @@ def collect(envs, agent, obs, done, num_steps):
         observations.append(obs)
         actions.append(action)
         steps.append([reward, terminated, terminated | truncated])
-    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)  # [T, 3, N]
     rewards, terminated, ends = steps.unbind(1)  # [T, N] each
     valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
     observations, actions = torch.stack(observations), torch.stack(actions)
@@ -352,7 +352,7 @@ class Samples(NamedTuple):
     actions: Tensor  # [n, act_dim]
     advantages: Tensor  # in units of reward, [n]
     returns: Tensor  # in PopArt's units, [n]
-    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+    log_prob: Tensor  # of the actions, [n], by the policy before its updates, at obs as above
 
 
 def gather_samples(agent, rollout, advantages, values):

@@ -21,8 +21,8 @@ Run: python npg_cg.py --env-id HalfCheetah-v5. Symbols: docs/algorithm.md.
         for each pass, for each block of samples:                 minibatches
             g = H^T Sigma y                                       policy_gradient
             d = (F + lambda I)^-1 g                               natural_gradient
-            eta by the length of d, with --line-search the KL     step_size, trpo_step_size
-            theta = theta + eta d                                 move
+            s by eta and d's length, with --line-search the KL    step_size, trpo_step_size
+            theta = theta + s d                                   move
         regress the critic on the returns                         fit_critic
         adapt eta to the KL divergence, not with --line-search    adapt_learning_rate
         write a row of metrics and a checkpoint                   Logger, save_checkpoint
@@ -66,10 +66,10 @@ class Args:
     cg_iterations: int | None = None  # of a solve; default 10, with line_search 15
     update_epochs: int = 4  # actor passes over the rollout
     num_minibatches: int = 4  # actor blocks in a pass
-    learning_rate: float = 0.05  # first actor step size; the KL adapts it
+    learning_rate: float = 0.05  # first actor step size, and the largest except with normalize
     clip: Literal["normalize", "fisher", "l2", "none"] = "normalize"  # see step_size
     max_grad_norm: float = 0.5  # bound nu of fisher and l2
-    line_search: bool = False  # TRPO: one step a rollout, on all of it; the 5 above: no effect
+    line_search: bool = False  # TRPO: one step a rollout, on all of it; the 5 above have no effect
     target_kl: float = 0.01  # largest KL divergence of TRPO's step, delta
     critic_epochs: int = 10  # critic passes over the rollout
     critic_minibatches: int = 16  # critic minibatches in a pass
@@ -185,7 +185,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
+        self.moments.lerp_(powers.mean(1), 1e-5)  # slow: debiased, nearly the mean of all so far
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -321,7 +321,7 @@ def collect(envs, agent, obs, done, num_steps):
         observations.append(obs)
         actions.append(action)
         steps.append([reward, terminated, terminated | truncated])
-    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)  # [T, 3, N]
     rewards, terminated, ends = steps.unbind(1)  # [T, N] each
     valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
     observations, actions = torch.stack(observations), torch.stack(actions)
@@ -348,7 +348,7 @@ class Samples(NamedTuple):
     actions: Tensor  # [n, act_dim]
     advantages: Tensor  # in units of reward, [n]
     returns: Tensor  # in PopArt's units, [n]
-    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+    log_prob: Tensor  # of the actions, [n], by the policy before its updates, at obs as above
 
 
 def gather_samples(agent, rollout, advantages, values):
@@ -609,21 +609,23 @@ def relative_residual(actor, obs, damping, g, d):
 
 
 def step_size(args, g, d, learning_rate):
-    """eta in theta + eta d.
+    """What d is multiplied by, of learning_rate eta and with c = d^T (F + lambda I) d.
 
-    normalize: every step is learning_rate long, as the root of d^T (F + lambda I) d measures it.
-    fisher:    learning_rate min(1, nu / d^T (F + lambda I) d), without a root: the published code.
-    l2, none:  the same of |d|, or without a bound."""
-    curvature = d @ g  # d^T (F + lambda I) d, as d is orthogonal to what the solve leaves of g
+    normalize: eta / sqrt(c), so that every step is equally long to the policy.
+    fisher:    eta min(1, nu / c), without a root: the published code's rule.
+    l2:        eta min(1, nu / |d|).
+    none:      eta."""
+    curvature = d @ g  # c, as d is orthogonal to what the solve leaves of g
     if args.clip == "normalize":
         return learning_rate / (curvature.clamp(min=0).sqrt() + 1e-6)
-    lengths = {"fisher": curvature, "l2": d.norm(), "none": 0 * curvature}
-    factor = args.max_grad_norm / (lengths[args.clip] + 1e-6)
-    return learning_rate * factor.clamp(max=1)
+    if args.clip == "none":
+        return torch.full_like(curvature, learning_rate)
+    length = curvature if args.clip == "fisher" else d.norm()
+    return learning_rate * (args.max_grad_norm / (length + 1e-6)).clamp(max=1)
 
 
 def trpo_step_size(args, actor, block, g, d):
-    """eta = 0.8^k sqrt(2 delta / d^T (F + lambda I) d): at k = 0 a quadratic KL would be delta."""
+    """0.8^k sqrt(2 delta / d^T (F + lambda I) d): at k = 0 a quadratic KL would be delta."""
     curvature = (d @ g).clamp(min=1e-10)  # as in step_size
     full = (2 * args.target_kl / curvature).sqrt()
     return full * line_search(actor, block, full * d, args.target_kl)
@@ -701,12 +703,12 @@ def main(args: Args):
                 if not norms:  # once a rollout: it costs as much as an iteration of the solve
                     residual = relative_residual(actor, block.obs, args.damping, g, d)
                 if args.line_search:
-                    eta = trpo_step_size(args, actor, block, g, d)
+                    scale = trpo_step_size(args, actor, block, g, d)
                 else:
-                    eta = step_size(args, g, d, learning_rate)
-                move(actor, eta * d)
+                    scale = step_size(args, g, d, learning_rate)
+                move(actor, scale * d)
                 norms.append(d.norm())
-                step_sizes.append(eta)
+                step_sizes.append(scale)
 
         # Critic
         value_loss = fit_critic(args, critic, optimizer, samples)
@@ -716,7 +718,7 @@ def main(args: Args):
         metrics |= run_metrics(envs, global_step, started)
         metrics["charts/learning_rate"] = learning_rate
         metrics["losses/value_loss"] = value_loss
-        metrics["npg/direction_norm"] = torch.stack(norms).mean()  # before the clip
+        metrics["npg/direction_norm"] = torch.stack(norms).mean()  # |d|
         metrics["npg/step_size"] = torch.stack(step_sizes).mean()  # 0: no step was taken
         metrics["npg/cg_residual"] = residual
         logger.write(global_step, metrics)

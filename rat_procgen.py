@@ -18,9 +18,10 @@ Run: python rat_procgen.py --env-id starpilot. Equation numbers: docs/algorithm.
         step the games with the policy                                   collect
         advantages and returns                                           gae
         renew the statistics of returns                                  gather_samples
+        g = mu g                                                         main
         for each pass, for each block of samples:                        minibatches
             g = g + H^T Sigma (lambda I + H H^T Sigma)^-1 (y - H g)      kaczmarz_step, (3)
-            theta = theta + eta g / |H g|                                kaczmarz_direction, (4b)
+            theta = theta + eta g / |g|_F                                kaczmarz_direction, (4b)
         regress the critic on the returns                                fit_critic
         now and then, play unseen levels                                 evaluate
         adapt eta to the KL divergence                                   adapt_learning_rate
@@ -174,7 +175,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
+        self.moments.lerp_(powers.mean(1), 1e-5)  # slow: debiased, nearly the mean of all so far
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -336,7 +337,7 @@ def collect(envs, agent, obs, num_steps):
         observations.append(obs)
         actions.append(action)
         steps.append([reward, terminated])
-    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)  # [T, 2, N]
     rewards, terminated = steps.unbind(1)  # [T, N] each
     return Rollout(
         torch.stack(observations), torch.stack(actions), rewards, terminated, done=terminated
@@ -363,7 +364,7 @@ class Samples(NamedTuple):
     actions: Tensor  # [n]
     advantages: Tensor  # in units of the scaled reward, [n]
     returns: Tensor  # in PopArt's units, [n]
-    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+    log_prob: Tensor  # of the actions, [n], by the policy before its updates, at obs as above
 
 
 def gather_samples(agent, rollout, advantages, values):
@@ -552,17 +553,17 @@ def one_sentence(args):
 
 
 class LayerScores(NamedTuple):
-    """A linear layer's columns of H: row i is the outer product g_i x_i^T."""
+    """A linear layer's columns of H: row i is the outer product of grad_out's row i and x's."""
 
     params: list  # weight [d_out, d_in] and, if there is one, bias [d_out]
     x: Tensor  # the layer's inputs, a 1 appended for the bias, [B, d_in (+ 1)]
-    grad_out: Tensor  # g: gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
+    grad_out: Tensor  # gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
 
 
 def check_tape(layers, calls, batch):
     """Raise TypeError for a layer of which (5) to (7) and (12) do not hold."""
     owned = [p for m in layers for p in m.parameters(recurse=False)]
-    trained = sum(p.requires_grad for p in set(owned)) == len(owned)
+    trained = sum(p.requires_grad for p in set(owned)) == len(owned)  # none frozen or shared
     for m, name in layers.items():
         outputs = [(len(output), output._version) for layer, _, output in calls if layer is m]
         plain = (1, (1, 1), "zeros")
@@ -725,7 +726,7 @@ def block_scores(args, actor, block):
 
 @torch.no_grad()
 def rat_direction(actor, obs, actions, advantages, weights, damping, previous=None):
-    """kaczmarz_step for a policy, by itself: an ascent direction, one tensor a parameter.
+    """kaczmarz_step for a policy, by itself, for other programs: one tensor a parameter.
 
     advantages are y [B], used as given; weights are the ratios w [B], rows of weight 0 drop out;
     previous is one tensor per actor.parameters(), as the result. Raises FloatingPointError where
@@ -760,9 +761,13 @@ def kaczmarz_direction(args, actor, block, previous):
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
     fisher_norm = (ratio * product(scores, direction).square()).mean().sqrt()
-    factor = args.max_grad_norm / (nn.utils.get_total_norm(direction.values()) + 1e-6)
-    factor = 1 / (fisher_norm + 1e-6) if track else factor.clamp(max=1)  # (4b), (4)
+    if track:
+        factor = 1 / (fisher_norm + 1e-6)  # (4b)
+    else:
+        length = nn.utils.get_total_norm(direction.values())
+        factor = (args.max_grad_norm / (length + 1e-6)).clamp(max=1)  # (4)
     applied = {p: g * factor for p, g in direction.items()}
+    # release remembers -d_j, for which y - H previous is y + H d_{j-1}
     share = {"track": 1, "paper": 1, "release": -factor, "off": 0}[args.kaczmarz]
     remembered = {p: share * g for p, g in direction.items()}
     metrics = {
@@ -830,15 +835,15 @@ def main(args: Args):
             samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
         # Actor
-        blocks = []
+        measurements = []
         previous = {p: args.memory * g for p, g in previous.items()}  # g_0
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
-                step, previous, measured = kaczmarz_direction(args, actor, block, previous)
+                direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
                 with torch.no_grad():
-                    for p, d in step.items():
-                        p.add_(d, alpha=learning_rate)
-                blocks.append(measured)
+                    for p, g in direction.items():
+                        p.add_(g, alpha=learning_rate)
+                measurements.append(measured)
 
         # Critic
         value_loss = fit_critic(args, critic, optimizer, samples)
@@ -853,8 +858,8 @@ def main(args: Args):
         metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
         metrics["charts/learning_rate"] = learning_rate
         metrics["losses/value_loss"] = value_loss
-        for name in blocks[0]:
-            metrics[name] = np.mean([float(measured[name]) for measured in blocks])
+        for name in measurements[0]:
+            metrics[name] = np.mean([float(measured[name]) for measured in measurements])
         logger.write(global_step, metrics)
         kl = metrics["losses/kl"].item()
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate

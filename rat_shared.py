@@ -18,6 +18,7 @@ Run: python rat_shared.py --env-id HalfCheetah-v5. Equation numbers: docs/algori
         step the environments with the policy                            collect
         advantages and returns                                           gae
         drop the steps that only reset, renew the running statistics     gather_samples
+        D = mu D                                                         main
         for each block of samples, t = (eta y, beta (R - V)):            minibatches
             D = D + H^T Sigma (lambda I + H H^T Sigma)^-1 (t - H D)      kaczmarz_step, (3)
             theta = theta + D                                            joint_step, (8b)
@@ -64,7 +65,7 @@ class Args:
     num_minibatches: int = 4  # blocks in a pass
     damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
     memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
-    kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
+    kl_low: float | None = None  # nats: a rollout's least KL, 4 times it its most; track: a block's
     vf_coef: float = 1.0  # weight of the critic in (8) and (8b), > 0
     critic_step: float = 1.0  # share of its error that a block corrects, beta of (8b); track only
     learning_rate: float = 0.05  # first step size, and the largest except with track
@@ -191,7 +192,7 @@ class PopArt(nn.Module):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
         old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
-        self.moments.lerp_(powers.mean(1), 1e-5)  # 1 - beta
+        self.moments.lerp_(powers.mean(1), 1e-5)  # slow: debiased, nearly the mean of all so far
         weight, first, second = self.moments
         self.mean.copy_(first / weight)  # over the weight so far: debiased
         self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
@@ -354,7 +355,7 @@ def collect(envs, agent, obs, done, num_steps):
         observations.append(obs)
         actions.append(action)
         steps.append([reward, terminated, terminated | truncated])
-    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)
+    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)  # [T, 3, N]
     rewards, terminated, ends = steps.unbind(1)  # [T, N] each
     valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
     observations, actions = torch.stack(observations), torch.stack(actions)
@@ -381,7 +382,7 @@ class Samples(NamedTuple):
     actions: Tensor  # [n, act_dim]
     advantages: Tensor  # in units of reward, [n]
     returns: Tensor  # in PopArt's units, [n]
-    log_prob: Tensor  # of the actions by the policy before its updates, [n]
+    log_prob: Tensor  # of the actions, [n], by the policy before its updates, at obs as above
 
 
 def gather_samples(agent, rollout, advantages, values):
@@ -544,11 +545,11 @@ def one_sentence(args):
 
 
 class LayerScores(NamedTuple):
-    """A linear layer's columns of H: row i is the outer product g_i x_i^T."""
+    """A linear layer's columns of H: row i is the outer product of grad_out's row i and x's."""
 
     params: list  # weight [d_out, d_in] and, if there is one, bias [d_out]
     x: Tensor  # the layer's inputs, a 1 appended for the bias, [B, d_in (+ 1)]
-    grad_out: Tensor  # g: gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
+    grad_out: Tensor  # gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
 
 
 def tape_scores(actor, obs, actions):
@@ -575,7 +576,7 @@ def tape_scores(actor, obs, actions):
 def check_tape(layers, calls, batch):
     """Raise TypeError for a layer of which (5) to (7) do not hold."""
     owned = [p for m in layers for p in m.parameters(recurse=False)]
-    trained = sum(p.requires_grad for p in set(owned)) == len(owned)
+    trained = sum(p.requires_grad for p in set(owned)) == len(owned)  # none frozen or shared
     for m, name in layers.items():
         outputs = [(len(output), output._version) for layer, _, output in calls if layer is m]
         if type(m) is not nn.Linear or outputs != [(batch, 0)] or not trained:
@@ -656,8 +657,9 @@ def joint_step(args, agent, block, previous, learning_rate):
     y = normalized(block.advantages)
     policy, value = agent(block.obs)
     ratio = (policy.log_prob(block.actions) - block.log_prob).exp().clamp(0.1, 10)  # w
-    actions = torch.cat([block.actions] * 2)
-    scores = tape_scores(agent, block.obs.repeat(2, 1), (actions, None))  # H = (h; v), 2B rows
+    actions = torch.cat([block.actions] * 2)  # [2B, act_dim], or [2B] where discrete
+    # H = (h; v): without an epsilon B rows grad log pi, then B rows grad V
+    scores = tape_scores(agent, block.obs.repeat(2, 1), (actions, None))
     policy_norms, value_norms = score_norm_sq(scores).chunk(2)  # |h_i|^2, |v_i|^2
     trace = (ratio * policy_norms).mean()
     value_weight = args.vf_coef * trace / value_norms.mean()  # c^2
@@ -667,7 +669,7 @@ def joint_step(args, agent, block, previous, learning_rate):
     residual = targets - product(scores, previous)
     step = kaczmarz_step(scores, residual, weights, damping, previous)
     change = (ratio * product(scores, step)[: len(y)].square()).mean().sqrt()  # of log pi
-    for p, d in step.items():
+    for p, d in step.items():  # try it, measure its KL divergence and take it back
         p.add_(d)
     kl = kl_divergence(policy, agent.policy(block.obs)).mean()
     factor = (args.kl_low / kl.abs()).sqrt().clamp(max=1)  # less where (8b) is a bad approximation
@@ -688,18 +690,21 @@ def sampled_step(args, agent, block, previous, learning_rate):
     L is (8). -grad L is not exactly H^T Sigma A: H holds the drawn eps, L the error V - R."""
     policy, value = agent(block.obs)
     log_ratio = policy.log_prob(block.actions) - block.log_prob
-    ratio = log_ratio.clamp(np.log(0.1), np.log(10)).exp()  # exp() first may overflow
+    # clamped before exp(), whose overflow would make the gradient of (8) nan
+    ratio = log_ratio.clamp(np.log(0.1), np.log(10)).exp()
     y = normalized(block.advantages)
     scores = tape_scores(agent, block.obs, (block.actions, torch.randn_like(y)))
     rhs = torch.stack([y, torch.ones_like(y)]) - product(scores, previous)  # [2, B]
     weights = ratio.detach()
-    a, c = solve(scores, rhs, weights, args.damping) * len(y) / weights  # of actor and critic, (2)
+    # the actor's A~ and the critic's C~, [B] each: solve gives Sigma times them, (2)
+    a, c = solve(scores, rhs, weights, args.damping) * len(y) / weights
     gain = (a * ratio - args.vf_coef * c * (value - block.returns).square()).mean()  # -L, (8)
     direction = dict(zip(previous, torch.autograd.grad(gain, list(previous))))
     if args.kaczmarz == "paper":
         direction = {p: previous[p] + d for p, d in direction.items()}
     norm = nn.utils.get_total_norm(direction.values())
     factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # (4)
+    # release remembers -d_j, for which y - H previous is y + H d_{j-1}
     share = {"paper": 1, "release": -factor, "off": 0}[args.kaczmarz]
     remembered = {p: share * d for p, d in direction.items()}
     step = {p: learning_rate * factor * d for p, d in direction.items()}
@@ -750,7 +755,7 @@ def main(args: Args):
             samples, old_policy = gather_samples(agent, rollout, advantages, values)
 
         # Actor and critic
-        blocks = []
+        measurements = []
         previous = {p: args.memory * g for p, g in previous.items()}
         update = joint_step if args.kaczmarz == "track" else sampled_step
         for _ in range(args.update_epochs):
@@ -759,7 +764,7 @@ def main(args: Args):
                 with torch.no_grad():
                     for p, d in step.items():
                         p.add_(d)
-                blocks.append(measured)
+                measurements.append(measured)
 
         # Metrics, step size, checkpoint
         metrics = rollout_metrics(agent, old_policy, samples)
@@ -767,8 +772,8 @@ def main(args: Args):
         metrics["charts/learning_rate"] = learning_rate
         fitted = agent(samples.obs).value.detach()
         metrics["losses/value_loss"] = (fitted - samples.returns).square().mean()
-        for name in blocks[0]:
-            metrics[name] = np.mean([float(measured[name]) for measured in blocks])
+        for name in measurements[0]:
+            metrics[name] = np.mean([float(measured[name]) for measured in measurements])
         logger.write(global_step, metrics)
         kl = metrics["losses/kl"].item()
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
