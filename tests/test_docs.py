@@ -1,0 +1,165 @@
+"""The numbers in README and docs are those of the committed CSV files."""
+
+import csv
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tyro
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmark"))
+import plot
+
+RESULTS = ROOT / "benchmark" / "results"
+README = (ROOT / "README.md").read_text()
+TEXTS = README + "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+
+
+def printed(capsys, *arguments):
+    """What plot.py prints of a folder below benchmark/results."""
+    plot.main(tyro.cli(plot.Args, args=[*arguments]))
+    return capsys.readouterr().out
+
+
+def tables(head, text=TEXTS):
+    """Rows of cells, the head first, of each table whose head begins with a pattern."""
+    found = re.findall(rf"^\| {head}.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    rows = [[re.split(r" *\| *", line)[1:-1] for line in table.splitlines()] for table in found]
+    return [[table[0], *table[2:]] for table in rows]  # without the line below the head
+
+
+def column(folder, name, *columns):
+    """Columns of a run of benchmark/results."""
+    with open(RESULTS / folder / f"{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [np.array([float(row[c]) for row in rows]) for c in columns]
+
+
+def evaluations(step="999424"):
+    """Return without noise after so many steps, by the run's name."""
+    with open(RESULTS / "evaluation.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["global_step"] == step]
+    return {row["run"]: float(row["return_mean"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [
+        ("paper", []),
+        ("kaczmarz", ["--every-seed"]),
+        ("track", ["--every-seed"]),
+        ("ablation", ["--every-seed"]),
+    ],
+)
+def test_tables_of_returns(folder, options, capsys):
+    out = printed(capsys, *options, str(RESULTS / folder))
+    assert out.split("\n| paper's RAT")[0] in TEXTS
+
+
+@pytest.mark.parametrize(("folder", "methods"), [("paper", ["*"]), ("track", ["rat", "ppo"])])
+def test_interquartile_means(folder, methods, capsys):
+    files = [path for m in methods for path in (RESULTS / folder).glob(f"*__{m}__*.csv")]
+    out = printed(capsys, *map(str, files))
+    assert out.split("| interquartile mean")[1].split("\n\n")[0] in TEXTS
+
+
+def test_the_number_of_runs():
+    for folder in ("paper", "track", "ablation"):
+        number = len(list((RESULTS / folder).iterdir()))
+        assert re.search(rf"\b{number} runs\b", TEXTS), folder
+
+
+def test_tables_without_noise():
+    found = tables("return without noise")
+    returns = evaluations()
+    assert len(found) == 2
+    for (title, *envs), *rows in found:
+        seeds = re.findall(r"\d+", title.split("seeds")[1])
+        for method, *cells in rows:
+            for env, cell in zip(envs, cells, strict=True):
+                runs = [f"{env}__{method}__{seed}" for seed in seeds]
+                known = [f"{returns[run]:.0f}" for run in runs if run in returns]
+                assert cell == (", ".join(known) or "-"), (method, env)
+
+
+def test_tables_over_3M_steps():
+    ((head, *rows),) = tables("training return after")
+    assert len(rows) == len(list((RESULTS / "track_3M").iterdir()))
+    for name, *cells in rows:
+        method, env, seed = re.match(r"(\w+), (\S+), seed (\d+)", name).groups()
+        run = f"{env}__{method}__{seed}"
+        step, returns = column("track_3M", run, "global_step", "episodic_return")
+        step, returns = step[returns == returns], returns[returns == returns]  # nan after a resume
+        steps = [float(title[:-1]) * 1e6 for title in head[1:7]]
+        wanted = [f"{value:.0f}" for value in np.interp(steps, step, returns)]
+        highest = returns.max()
+        without_noise = evaluations("2998272")[run]
+        wanted += [f"{highest:.0f}", f"{returns[-1] / highest:.2f}", f"{without_noise:.0f}"]
+        assert cells == wanted, name
+
+
+def test_the_table_of_the_readme():
+    sources = {
+        "RAT": ("track", "rat"),
+        "RAT, one trunk": ("track", "rat_shared"),
+        "PPO": ("track", "ppo"),
+        "RAT, paper's rule": ("paper", "rat"),
+    }
+    (((_, *envs), *rows),) = tables("return after 1M steps", README)
+    returns = evaluations()
+    published = plot.read_published()["paper's RAT, 10M"]
+    for name, *cells in rows:
+        folder, method = sources.get(name.removesuffix(", no noise"), (None, None))
+        for env, cell in zip(envs, cells, strict=True):
+            if name == "paper's RAT, 10M":
+                assert cell == plot.with_error(*published[env.split("-")[0]])
+                continue
+            runs = [path.stem for path in (RESULTS / folder).glob(f"{env}__{method}__*.csv")]
+            if name.endswith("no noise"):
+                values = [returns[run] for run in runs if run in returns]
+                assert cell == plot.number(np.mean(values)), (name, env)
+                continue
+            values = [column(folder, run, "episodic_return")[0][-1] for run in runs]
+            error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+            assert cell == plot.with_error(np.mean(values), error), (name, env)
+
+
+def test_the_table_of_speed():
+    rows = plot.read_rows(
+        RESULTS / "update_speed.csv", ["update", "network"], ["milliseconds", "megabytes"]
+    )
+    ((head, *cells),) = tables("one update: ms")
+    assert head[1:] == list(dict.fromkeys(row["network"] for row in rows))
+    written = {name.replace("`", ""): values for name, *values in cells}
+    for update in dict.fromkeys(row["update"] for row in rows):
+        known = [row for row in rows if row["update"] == update]
+        wanted = [f"{row['milliseconds']:.1f} ({row['megabytes']:.0f})" for row in known]
+        assert written[update] == wanted
+
+
+def test_tables_of_the_search():
+    text = (ROOT / "docs" / "tuning.md").read_text()
+    seen = set()
+    for (_, *titles), *rows in tables("name", text):
+        for name, *cells in rows:
+            for env, cell in zip(titles, cells, strict=True):
+                known = set()
+                for run in (RESULTS / "tuning_track").glob(f"{env}__{name}__*.csv"):
+                    columns = column("tuning_track", run.stem, "global_step", "episodic_return")
+                    known |= {f"{columns[1][-1]:.0f}", f"{np.interp(499712, *columns):.0f}"}
+                    seen.add(run)
+                if env not in ("options", "steps"):
+                    assert set(re.findall(r"\d+", cell)) <= known, (name, env)
+    assert seen == set((RESULTS / "tuning_track").iterdir())  # each run is quoted
+
+
+@pytest.mark.parametrize(("name", "changed"), [("absolute_damping", 1), ("l2_clip", 2)])
+def test_commands_that_take_a_part_out_find_it(name, changed, tmp_path):
+    (command,) = re.findall(rf"^sed .*>{name}\.py$", TEXTS, re.MULTILINE)
+    subprocess.run(["bash", "-c", command.replace(f">{name}", f">{tmp_path}/{name}")], cwd=ROOT)
+    before = (ROOT / "rat_continuous.py").read_text().splitlines()
+    after = (tmp_path / f"{name}.py").read_text().splitlines()
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == changed
