@@ -596,8 +596,8 @@ def natural_gradient(actor, obs, gradient, damping, iterations):
     d = conjugate_gradients(damped_fisher(actor, obs, damping), gradient, iterations)
     if not d.isfinite().all():
         raise FloatingPointError(
-            "the conjugate gradients are not finite: "
-            "scores or advantages are bad, or damping is too low"
+            "the conjugate gradients are not finite, of bad scores or advantages "
+            "or for a policy that is nearly certain of its actions: raise --damping"
         )
     return d
 
@@ -617,7 +617,7 @@ def step_size(args, g, d, learning_rate):
     none:      eta."""
     curvature = d @ g  # c, as d is orthogonal to what the solve leaves of g
     if args.clip == "normalize":
-        return learning_rate / (curvature.clamp(min=0).sqrt() + 1e-6)
+        return learning_rate / (curvature.sqrt() + 1e-6)
     if args.clip == "none":
         return torch.full_like(curvature, learning_rate)
     length = curvature if args.clip == "fisher" else d.norm()

@@ -561,8 +561,8 @@ def rank1_direction(gradient, score, damping):
     d = (gradient - along * score) / damping
     if not d.isfinite().all():
         raise FloatingPointError(
-            "the rank-1 direction is not finite: "
-            "scores or advantages are bad, or damping is too low"
+            "the rank-1 direction is not finite, of bad scores or advantages "
+            "or for a policy that is nearly certain of its actions: raise --damping"
         )
     return d
 

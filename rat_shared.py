@@ -633,7 +633,7 @@ def solve(scores, rhs, ratio, damping):
     if info != 0 or not solution.isfinite().all():
         raise FloatingPointError(
             "the actor update's Cholesky solve is not finite, of bad scores or advantages or for "
-            "a policy that is certain of all actions: raise --damping or lower --learning-rate"
+            "a policy that is certain of all actions: raise --damping or lower --kl-low"
         )
     return solution.to(rhs.dtype)
 

@@ -657,6 +657,7 @@ def test_a_method_has_one_colour_in_every_picture():
     for method, look in plot.LOOKS.items():
         assert plot.choose_looks(["mine", method])[method] == together[method] == look
     assert together["track"][1:] == together["rat"][1:]
+    assert together["rat_paper"][1:] == together["paper"][1:]
     assert together["release_separate"].color == together["release"].color
     assert together["rat_continuous"] == together["rat"]
     own = [*METHODS, "paper", "off", "release", "mine"]

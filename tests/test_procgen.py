@@ -536,6 +536,8 @@ def test_a_rollouts_blocks_are_kaczmarz_steps(kaczmarz, tmp_path, monkeypatch):
     for recording, row in zip(recordings, rows, strict=True):
         assert len(recording.blocks) == 4
         policies = [before.policy for before, *_ in recording.blocks] + [recording.trained.policy]
+        mean = np.mean([float(damping) for _, _, _, _, damping, *_ in recording.blocks])
+        assert float(row["damping"]) == pytest.approx(mean, rel=1e-5)
         last = last * (0.6 if kaczmarz == "track" else 0.0)
         for i, (before, block, _, ratio, damping, previous, g) in enumerate(recording.blocks):
             torch.testing.assert_close(previous, last.expand_as(previous))
@@ -564,6 +566,7 @@ def test_a_run_its_resume_and_its_play(tmp_path):
     wanted = {"kl", "entropy", "episodic_return", "eval_return", "value_loss", "fisher_norm"}
     assert wanted <= set(rows[0])
     assert before["eval_return"] == float(rows[1]["eval_return"])
+    assert any(g.any() for g in before["previous"])
     train("rat_procgen", *evaluated, "--resume")  # nothing left to do: the state stays
     after = checkpoint(folder)
     for key in before.keys() - {"args", "wall_seconds"}:
