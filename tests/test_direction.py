@@ -165,6 +165,24 @@ def test_paper_remembers_the_unclipped_iterate_and_off_nothing():
     assert relative(flat(applied.values()), clipped) < 1e-4
 
 
+@pytest.mark.parametrize("kaczmarz", ["paper", "release", "off"])
+def test_a_short_direction_is_not_made_longer(kaczmarz):
+    actor, block, data = kaczmarz_block()
+    args = rat.Args(kaczmarz=kaczmarz, max_grad_norm=1e3)
+    applied, *_ = rat.kaczmarz_direction(args, actor, block, nothing(actor))
+    expected = flat(rat.rat_direction(actor, *data, 0.1)).double()
+    assert relative(flat(applied.values()), expected) < 1e-4
+
+
+@pytest.mark.parametrize("kaczmarz", ["track", "paper", "release", "off"])
+def test_advantages_that_are_all_equal_move_nothing(kaczmarz):
+    actor, block, _ = kaczmarz_block()
+    block = block._replace(advantages=torch.full((120,), 7.0))
+    args = rat.Args(kaczmarz=kaczmarz)
+    applied, *_ = rat.kaczmarz_direction(args, actor, block, nothing(actor))
+    assert (flat(applied.values()) == 0).all()
+
+
 PUBLISHED = {  # passes, lambda, what the next rollout starts from, KL bounds
     "paper": (4, 0.1, 0.0, 0.004),
     "release": (4, 0.1, 1.0, 0.004),
