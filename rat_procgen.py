@@ -69,14 +69,13 @@ class Args:
     eval_interval: int = 25  # iterations between evaluations of num_envs episodes each
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages, actor and critic
     hidden: int = 256  # units of the layer after them
-    kaczmarz: Literal["track", "paper", "release", "off"] = "track"  # the update, see RULES
-    kernel_memory: int = 512  # MiB that the tape may take for a block, beside the kernel
+    kaczmarz: Literal["track", "paper", "release", "off", "ppo"] = "track"  # the update, see RULES
     update_epochs: int | None = None  # actor passes over the rollout
     num_minibatches: int = 16  # actor blocks in a pass
     damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
     memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
     kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
-    learning_rate: float = 0.05  # first actor step size, and the largest except with track
+    learning_rate: float | None = None  # first actor step size; paper to off: the largest
     max_grad_norm: float = 0.5  # l2 bound nu of (4); track has none
     critic_epochs: int = 3  # critic passes over the rollout
     critic_minibatches: int = 16  # critic minibatches in a pass
@@ -101,11 +100,12 @@ class Args:
 
 
 RULES = {  # --kaczmarz: the defaults of what depends on it
-    "set": ("update_epochs", "damping", "memory", "kl_low"),
-    "track": (1, 0.03, 0.9, 0.008),
-    "paper": (4, 0.1, 0.0, 0.004),
-    "release": (4, 0.1, 1.0, 0.004),
-    "off": (4, 0.1, 0.0, 0.004),
+    "set": ("update_epochs", "learning_rate", "damping", "memory", "kl_low"),
+    "track": (1, 0.05, 0.03, 0.9, 0.008),
+    "paper": (4, 0.05, 0.1, 0.0, 0.004),
+    "release": (4, 0.05, 0.1, 1.0, 0.004),
+    "off": (4, 0.05, 0.1, 0.0, 0.004),
+    "ppo": (3, 5e-4, 0.1, 0.0, 0.004),  # PPO's step instead, to compare: only the first two count
 }
 
 
@@ -615,7 +615,7 @@ def layer_scores(m, x, grad_out):
 def tape_chunk(actor, obs, actions):
     """H, the rows d log pi(a_i|s_i) / d theta, by layer: one forward and one backward pass.
 
-    Returns also the bytes that this takes. Raises TypeError as check_tape."""
+    Raises TypeError as check_tape."""
     layers = {m: name for name, m in actor.named_modules() if m._parameters}
     calls = []  # (layer, inputs, output)
     hooks = [m.register_forward_hook(lambda *call: calls.append(call)) for m in layers]
@@ -628,33 +628,20 @@ def tape_chunk(actor, obs, actions):
     scores = []
     for (m, (x,), _), grad_out in zip(calls, grads):
         scores += layer_scores(m, x.detach(), grad_out)
-    # values and gradients, and what the activations, poolings and patches between them take
-    return scores, sum(x.nbytes + 5 * output.nbytes for _, (x,), output in calls)
+    return scores
 
 
-def tape_scores(actor, obs, actions, kernel_memory=512):
-    """H by layer, as many samples at a time as fit into kernel_memory MiB beside it.
-
-    Raises MemoryError where that is none, TypeError as check_tape."""
-    samples = len(obs)
-    first, working = tape_chunk(actor, obs[:1], actions[:1])
-    held = sum(s.x.nbytes + s.grad_out.nbytes for s in first)
-    size = int((kernel_memory * 2**20 - samples * held) / (working + held))
-    if size < 1:
-        raise MemoryError(
-            f"a block takes more than --kernel-memory {kernel_memory}: give more, or "
-            "more --num-minibatches"
-        )
+def tape_scores(actor, obs, actions):
+    """H by layer, from 32 samples at a time: what lies between stays small."""
     scores = []
-    for params, x, grad_out in first:  # room for all samples
-        scores.append(LayerScores(params, x.repeat(samples, 1), grad_out.repeat(samples, 1)))
-    for start in range(0, samples, size):
-        rows = slice(start, start + size)
-        chunk, _ = tape_chunk(actor, obs[rows], actions[rows])
-        for s, part in zip(scores, chunk):
+    for s in tape_chunk(actor, obs[:1], actions[:1]):  # room for all samples
+        repeats = len(obs), 1
+        scores.append(LayerScores(s.params, s.x.repeat(repeats), s.grad_out.repeat(repeats)))
+    for start in range(0, len(obs), 32):
+        rows = slice(start, start + 32)
+        for s, part in zip(scores, tape_chunk(actor, obs[rows], actions[rows])):
             s.x[rows] = part.x
             s.grad_out[rows] = part.grad_out
-        del chunk, part  # what lives on would keep the heap around it from the next chunk
     return scores
 
 
@@ -721,7 +708,7 @@ def kaczmarz_step(scores, residual, ratio, damping, previous):
 
 def block_scores(args, actor, block):
     """H of a block of samples, by layer."""
-    return tape_scores(actor, block.obs, block.actions, args.kernel_memory)
+    return tape_scores(actor, block.obs, block.actions)
 
 
 @torch.no_grad()
@@ -779,6 +766,20 @@ def kaczmarz_direction(args, actor, block, previous):
     return applied, remembered, metrics
 
 
+def ppo_step(actor, optimizer, block):
+    """PPO's step on a block (Schulman et al. 2017), metrics: no gain beyond a ratio of 1 +- 0.2."""
+    policy = actor(block.obs)
+    ratio = (policy.log_prob(block.actions) - block.log_prob).exp()
+    y = normalized(block.advantages)
+    gain = torch.min(ratio * y, ratio.clamp(0.8, 1.2) * y)
+    loss = -(gain + 0.01 * policy.entropy()).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(actor.parameters(), 0.5)
+    optimizer.step()
+    return {"ppo/gradient_norm": norm}
+
+
 # ---- Training --------------------------------------------------------------------------------
 
 
@@ -799,6 +800,8 @@ def main(args: Args):
     agent = Agent(*spaces, args.channels, args.hidden).to(args.device)
     actor, critic = agent.policy, agent.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
+    if args.kaczmarz == "ppo":
+        optimizer.add_param_group({"params": actor.parameters(), "lr": learning_rate})
     if saved:
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -839,6 +842,9 @@ def main(args: Args):
         previous = {p: args.memory * g for p, g in previous.items()}  # g_0
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
+                if args.kaczmarz == "ppo":
+                    measurements.append(ppo_step(actor, optimizer, block))
+                    continue
                 direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
                 with torch.no_grad():
                     for p, g in direction.items():
@@ -863,7 +869,8 @@ def main(args: Args):
         logger.write(global_step, metrics)
         kl = metrics["losses/kl"].item()
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
+        if args.kaczmarz != "ppo":
+            learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
         save()
 
     logger.close()

@@ -34,7 +34,6 @@ class Args:
     repeats: int = 5  # timed updates of each method, after one that is not counted
     channels: tuple[int, int, int] = (16, 32, 32)  # of the three stages
     hidden: int = 256  # units of the layer after them
-    kernel_memory: int = 512  # MiB that the tape may take
     device: Literal["cpu", "cuda"] = "cpu"
     quick: bool = False  # 2 repeats of blocks of 16 and 2 channels: to see that it runs
 
@@ -54,7 +53,7 @@ def make_update(method, args):
     @torch.no_grad()
     def update():
         if method == "tape":
-            scores = rat_procgen.tape_scores(actor, obs, actions, args.kernel_memory)
+            scores = rat_procgen.tape_scores(actor, obs, actions)
         else:
             scores = rat_continuous.vmap_scores(actor, obs.float(), actions)
         direction = rat_procgen.kaczmarz_step(scores, y, ratio, 0.1, zeros)

@@ -325,14 +325,18 @@ def main(args: Args):
     """Print a Markdown table of medians and peaks, write the same as CSV."""
     check_args(args)
     samples, warm_up, repeats = args.samples, 2, args.repeats
+    where = f"{torch.get_num_threads()} threads"
     tasks_a_process = 1  # so that none finds memory that another has left
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+        tasks_a_process = None  # PyTorch counts a GPU's memory: one process for all
     if args.quick:
         samples, warm_up, repeats = 64, 0, 1
-        tasks_a_process = None  # one process for all
+        tasks_a_process = None
     times = milliseconds(samples, args.device, warm_up, repeats)
     peaks = megabytes(samples, args.device, tasks_a_process)
     title = (
-        f"One update, B = {samples}, {args.device}, {torch.get_num_threads()} threads: "
+        f"One update, B = {samples}, {args.device}, {where}: "
         f"median of {repeats} interleaved ones, and peak extra memory"
     )
     print(f"{title}\n")
