@@ -632,13 +632,14 @@ def tape_chunk(actor, obs, actions):
 
 
 def tape_scores(actor, obs, actions):
-    """H by layer, from 32 samples at a time: what lies between stays small."""
+    """H by layer, some samples at a time: a CPU is fastest with few, which fit into its cache."""
+    chunk = 32 if obs.is_cpu else 512
     scores = []
     for s in tape_chunk(actor, obs[:1], actions[:1]):  # room for all samples
         repeats = len(obs), 1
         scores.append(LayerScores(s.params, s.x.repeat(repeats), s.grad_out.repeat(repeats)))
-    for start in range(0, len(obs), 32):
-        rows = slice(start, start + 32)
+    for start in range(0, len(obs), chunk):
+        rows = slice(start, start + chunk)
         for s, part in zip(scores, tape_chunk(actor, obs[rows], actions[rows])):
             s.x[rows] = part.x
             s.grad_out[rows] = part.grad_out
@@ -709,21 +710,6 @@ def kaczmarz_step(scores, residual, ratio, damping, previous):
 def block_scores(args, actor, block):
     """H of a block of samples, by layer."""
     return tape_scores(actor, block.obs, block.actions)
-
-
-@torch.no_grad()
-def rat_direction(actor, obs, actions, advantages, weights, damping, previous=None):
-    """kaczmarz_step for a policy, by itself, for other programs: one tensor a parameter.
-
-    advantages are y [B], used as given; weights are the ratios w [B], rows of weight 0 drop out;
-    previous is one tensor per actor.parameters(), as the result. Raises FloatingPointError where
-    scores or advantages are not finite, TypeError as tape_scores."""
-    scores = tape_scores(actor, obs, actions)
-    if previous is None:
-        previous = [torch.zeros_like(p) for p in actor.parameters()]
-    remembered = dict(zip(actor.parameters(), previous, strict=True))
-    residual = advantages - product(scores, remembered)
-    return list(kaczmarz_step(scores, residual, weights, damping, remembered).values())
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ DIFFERS = {
         "gather_samples": "as Rollout and Samples",
         "tape_scores": "a chunk of samples at a time, of convolutions too",
         "check_tape": "takes convolutions",
-        "block_scores": "the tape has a limit on its memory",
-        "rat_direction": "there is no --jacobian vmap",
+        "block_scores": "there is no --jacobian vmap",
+        "RULES": "PPO's step too",
     },
     "rat_shared": {
         "Agent": "one trunk for policy and value, Discrete actions too",

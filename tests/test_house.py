@@ -17,7 +17,7 @@ CORES = {
     "npg_cg": "natural_gradient",
     "npg_rank1": "rank1_direction",
     "rat_continuous": "rat_direction",
-    "rat_procgen": "rat_direction",
+    "rat_procgen": "kaczmarz_direction",
     "rat_shared": "joint_step",
     "sophia_ppo": "Sophia",
 }

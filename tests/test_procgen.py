@@ -105,8 +105,11 @@ class Problem:
         self.scores = score_matrix(self.actor, self.obs, self.actions)
 
     def direction(self, damping, previous=None):
-        data = (self.obs, self.actions, self.y, self.ratio)
-        return rat.rat_direction(self.actor, *data, damping, previous)
+        scores = rat.tape_scores(self.actor, self.obs, self.actions)
+        zeros = [torch.zeros_like(p) for p in self.actor.parameters()]
+        start = dict(zip(self.actor.parameters(), previous or zeros))
+        residual = self.y - rat.product(scores, start)
+        return list(rat.kaczmarz_step(scores, residual, self.ratio, damping, start).values())
 
     def minimiser(self, damping, previous):
         """argmin_g |y - H g|^2_Sigma + damping |g - previous|^2, the p x p way."""
@@ -128,24 +131,14 @@ def forward_sizes(actor, monkeypatch):
     return sizes
 
 
-def bytes_of_a_sample(actor, obs, actions):
-    """What the tape reckons with: scores that it keeps, and all that a chunk takes."""
-    scores, working = rat.tape_chunk(actor, obs[:1], actions[:1])
-    held = sum(s.x.nbytes + s.grad_out.nbytes for s in scores)
-    return held, held + working
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 60])
 @pytest.mark.parametrize("policy", [impala, Strided])
-def test_tape_gives_kernel_and_both_products(policy, chunk, monkeypatch):
-    """K, H v and H^T u, whatever the number of samples that fit into memory at once."""
+def test_tape_gives_kernel_and_both_products(policy, monkeypatch):
+    """K, H v and H^T u, from chunks of the samples."""
     problem = Problem(policy)
     actor, scores = problem.actor, problem.scores
-    held, working = bytes_of_a_sample(actor, problem.obs, problem.actions)
     sizes = forward_sizes(actor, monkeypatch)
-    memory = (60 * held + chunk * working) / 2**20
-    tape = rat.tape_scores(actor, problem.obs, problem.actions, memory)
-    assert sizes == [1, *[chunk] * (60 // chunk), *[60 % chunk] * (60 % chunk > 0)]
+    tape = rat.tape_scores(actor, problem.obs, problem.actions)
+    assert sizes == [1, 32, 28]
     assert relative(rat.kernel(tape), scores @ scores.T) < 1e-4
     assert relative(rat.score_norm_sq(tape), scores.square().sum(1)) < 1e-4
     v = dict(zip(actor.parameters(), problem.previous))
@@ -192,6 +185,38 @@ def test_damping_survives_large_scores_and_copies_are_made_a_layer_at_a_time(mon
     assert relative(found, best) < 0.05
 
 
+def test_ppo_step_descends_the_clipped_surrogate(monkeypatch):
+    """The gradient before its clip at 0.5, from the scores in float64; only the actor moves."""
+    problem = Problem(impala)
+    policy = problem.actor(problem.obs)
+    shift = torch.randn(60) / 4  # log ratios
+    old = (policy.log_prob(problem.actions) - shift).detach()
+    advantages = 3 * problem.y + 1
+    block = rat.Samples(problem.obs, problem.actions, advantages, None, old)
+    y = ((advantages - advantages.mean()) / advantages.std(correction=0)).double()
+    ratio = shift.exp().double()
+    clipped = ((y > 0) & (ratio > 1.2)) | ((y < 0) & (ratio < 0.8))
+    assert 10 < clipped.sum() < 50
+    parameters = list(problem.actor.parameters())
+    entropy = flat(torch.autograd.grad(policy.entropy().mean(), parameters)).double()
+    gradient = -problem.scores.T @ (ratio * y * ~clipped) / 60 - 0.01 * entropy
+
+    clips = []
+    monkeypatch.setattr(
+        nn.utils,
+        "clip_grad_norm_",
+        lambda ps, bound: clips.append((flat([p.grad for p in ps]), bound)),
+    )
+    other = nn.Parameter(torch.ones(3))
+    before = flat(parameters).clone()
+    rat.ppo_step(problem.actor, torch.optim.SGD([*parameters, other], lr=0.1), block)
+    ((found, bound),) = clips
+    assert bound == 0.5
+    assert relative(found, gradient) < 1e-4
+    assert relative(flat(parameters) - before, -0.1 * gradient) < 1e-3
+    assert torch.equal(other, torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ("policy", "named"),
     [
@@ -215,12 +240,6 @@ def test_the_tape_knows_padding_by_name():
     obs, actions = torch.randint(256, (8, 15, 7, 3), dtype=torch.uint8), torch.randint(5, (8,))
     scores = score_matrix(actor, obs, actions)
     assert relative(rat.kernel(rat.tape_scores(actor, obs, actions)), scores @ scores.T) < 1e-4
-
-
-def test_the_tape_refuses_blocks_beyond_its_memory():
-    obs = torch.zeros(30000, 15, 7, 3, dtype=torch.uint8)
-    with pytest.raises(MemoryError, match="--kernel-memory 1: give more"):
-        rat.tape_scores(Strided(), obs, torch.zeros(30000, dtype=torch.int64), 1)
 
 
 def test_without_gradients_a_network_takes_its_images_in_parts(monkeypatch):
@@ -399,7 +418,7 @@ def record(folder, monkeypatch, kaczmarz, *more):
     """Train two iterations of two passes with large steps; a Recording each, rows of the CSV."""
     recordings = []
     collect, step, fit = rat.collect, rat.kaczmarz_step, rat.fit_critic
-    block_scores, tape_scores = rat.block_scores, rat.tape_scores
+    block_scores = rat.block_scores
     clip = nn.utils.clip_grad_norm_
     agents = []
     blocks = []
@@ -414,10 +433,6 @@ def record(folder, monkeypatch, kaczmarz, *more):
     def recorded_scores(args, actor, block):
         blocks.append(block)
         return block_scores(args, actor, block)
-
-    def recorded_tape(actor, obs, actions, kernel_memory=512):
-        assert kernel_memory == 100
-        return tape_scores(actor, obs, actions, kernel_memory)
 
     def recorded_step(scores, residual, ratio, damping, previous):
         before = copy.deepcopy(agents[0])
@@ -438,13 +453,12 @@ def record(folder, monkeypatch, kaczmarz, *more):
 
     monkeypatch.setattr(rat, "collect", recorded_collect)
     monkeypatch.setattr(rat, "block_scores", recorded_scores)
-    monkeypatch.setattr(rat, "tape_scores", recorded_tape)
     monkeypatch.setattr(rat, "kaczmarz_step", recorded_step)
     monkeypatch.setattr(rat, "fit_critic", recorded_fit)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", recorded_clip)
     arguments = [*TINY, "--env-id", "fruitbot", "--num-steps", 64, "--total-timesteps", 512]
     arguments += ["--update-epochs", 2, "--learning-rate", 0.5, "--gamma", GAMMA]
-    arguments += ["--gae-lambda", LAMBDA, "--kernel-memory", 100]
+    arguments += ["--gae-lambda", LAMBDA]
     arguments += ["--kaczmarz", kaczmarz, "--critic-max-grad-norm", CRITIC_CLIP, *more]
     train("rat_procgen", *arguments, "--output-dir", folder, "--run-name", "x")
     return recordings, read_csv(folder / "x")
@@ -587,6 +601,31 @@ def test_a_run_its_resume_and_its_play(tmp_path):
     assert video.stat().st_size > 1000
 
 
+def test_a_run_with_ppos_step_and_its_resume(tmp_path):
+    """Three passes of Adam on actor and critic, whose states a resumed run goes on with."""
+    arguments = [*TINY, "--kaczmarz", "ppo", "--output-dir", tmp_path, "--run-name", "a"]
+    train("rat_procgen", *arguments, "--update-epochs", 3, "--total-timesteps", 64)
+    before = checkpoint(tmp_path / "a")
+    steps = [state["step"].item() for state in before["optimizer"]["state"].values()]
+    assert set(steps) == {2, 6}  # two minibatches a pass
+    assert not any(g.any() for g in before["previous"])
+    resume = ["--resume", "--output-dir", tmp_path, "--run-name", "a"]
+    train("rat_procgen", *resume, "--total-timesteps", 128)
+    after = checkpoint(tmp_path / "a")
+    steps = {state["step"].item() for state in after["optimizer"]["state"].values()}
+    assert steps == {4, 12}
+    rows = read_csv(tmp_path / "a")
+    assert [float(row["learning_rate"]) for row in rows] == [5e-4, 5e-4]
+    assert {"gradient_norm"} <= set(rows[0])
+
+
+def test_ppos_defaults_are_its_own():
+    args = rat.Args(kaczmarz="ppo")
+    assert (args.update_epochs, args.learning_rate) == (3, 5e-4)
+    assert rat.Args(kaczmarz="ppo", learning_rate=1e-3).learning_rate == 1e-3
+    assert rat.Args().learning_rate == 0.05
+
+
 def test_same_seed_same_csv(tmp_path):
     rows = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -611,7 +650,6 @@ BAD = {
     "negative levels": (["--num-levels", "-1"], "--num-levels -1"),
     "nothing unseen": (["--num-levels", 0, "--eval-levels", 10], "--num-levels 0"),
     "no hidden": (["--hidden", 0], "--hidden 0"),
-    "no memory": (["--kernel-memory", 0], "--kernel-memory 0"),
     "too many blocks": (["--num-minibatches", 17], "--num-minibatches 17"),
     "gamma above 1": (["--gamma", 1.1], "--gamma 1.1"),
 }
