@@ -59,7 +59,7 @@ def test_tables_of_returns(folder, options, capsys):
     assert out.split("\n| paper's RAT")[0] in TEXTS
 
 
-@pytest.mark.parametrize(("folder", "methods"), [("paper", ["*"]), ("track", ["rat", "ppo"])])
+@pytest.mark.parametrize(("folder", "methods"), [("paper", ["*"]), ("track", ["*"])])
 def test_interquartile_means(folder, methods, capsys):
     files = [path for m in methods for path in (RESULTS / folder).glob(f"*__{m}__*.csv")]
     out = printed(capsys, *map(str, files))
@@ -128,6 +128,30 @@ def test_the_table_of_the_readme():
             values = [column(folder, run, "episodic_return")[0][-1] for run in runs]
             error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
             assert cell == plot.with_error(np.mean(values), error), (name, env)
+
+
+def test_the_table_from_pixels():
+    ((head, *rows),) = tables("return from pixels after")
+    assert len(rows) == 4
+    for name, *cells in rows:
+        method, game = name.lower().split(", ")
+        columns = "global_step", "episodic_return", "eval_return"
+        step, returns, unseen = column("procgen", f"{game}__{method}_full__1", *columns)
+        steps = [float(title[:-1]) * 1e6 for title in head[1:-1]]
+        wanted = [f"{returns[step <= s][-1]:.2f}" for s in steps]
+        assert cells == [*wanted, f"{unseen[step <= 8.3e5][-1]:.2f}"], name
+
+
+def test_the_table_of_speed_on_a_gpu():
+    lines = (RESULTS / "update_speed_cuda.csv").read_text().splitlines()
+    assert "NVIDIA H200" in lines[0]
+    measured = {}
+    for row in csv.DictReader(lines[1:]):
+        measured.setdefault(row["update"], []).append(row["milliseconds"])
+    (((_, *networks), *rows),) = tables("one update on an H200: ms")
+    assert len(networks) == 3
+    for name, *cells in rows:
+        assert cells == measured[name.replace("`", "")], name
 
 
 def test_the_table_of_speed():
