@@ -604,10 +604,12 @@ def test_a_run_its_resume_and_its_play(tmp_path):
 def test_a_run_with_ppos_step_and_its_resume(tmp_path):
     """Three passes of Adam on actor and critic, whose states a resumed run goes on with."""
     arguments = [*TINY, "--kaczmarz", "ppo", "--output-dir", tmp_path, "--run-name", "a"]
+    arguments += ["--kl-low", 1e-9]  # no rule may lower the step size
     train("rat_procgen", *arguments, "--update-epochs", 3, "--total-timesteps", 64)
     before = checkpoint(tmp_path / "a")
     steps = [state["step"].item() for state in before["optimizer"]["state"].values()]
     assert set(steps) == {2, 6}  # two minibatches a pass
+    assert [group["lr"] for group in before["optimizer"]["param_groups"]] == [5e-4, 5e-4]
     assert not any(g.any() for g in before["previous"])
     resume = ["--resume", "--output-dir", tmp_path, "--run-name", "a"]
     train("rat_procgen", *resume, "--total-timesteps", 128)
