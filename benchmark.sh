@@ -61,8 +61,8 @@ case $suite in
     ;;
   procgen) # the games with a published result to hold against; ENVS takes any of the 16
     envs="starpilot bossfight bigfish"
-    known="rat"
-    script=([rat]="rat_procgen.py")
+    known="rat ppo"
+    script=([rat]="rat_procgen.py" [ppo]="rat_procgen.py --kaczmarz ppo")
     ;;
   *)
     fail "SUITE=$suite is unknown, take quick, mujoco, paper or procgen."

@@ -632,7 +632,9 @@ def tape_chunk(actor, obs, actions):
 
 
 def tape_scores(actor, obs, actions):
-    """H by layer, some samples at a time: a CPU is fastest with few, which fit into its cache."""
+    """H by layer, some samples at a time: a CPU is fastest with few, which fit into its cache.
+
+    Raises TypeError as check_tape."""
     chunk = 32 if obs.is_cpu else 512
     scores = []
     for s in tape_chunk(actor, obs[:1], actions[:1]):  # room for all samples

@@ -145,13 +145,16 @@ def interpreter(path, script):
     return path
 
 
+PIXELS = {"rat": "rat_procgen.py", "ppo": "rat_procgen.py --kaczmarz ppo"}
+
+
 @pytest.mark.parametrize(
     "suite, envs, methods, seeds, options",
     [
         ("quick", [PENDULUM[:-8]], METHODS, [1], " --total-timesteps 60000 --vectorization sync"),
         ("mujoco", MUJOCO, METHODS, [1, 2, 3], " --vectorization sync"),
         ("paper", PAPER, METHODS, [1, 2, 3], " --vectorization sync"),
-        ("procgen", PROCGEN, {"rat": "rat_procgen.py"}, [1, 2, 3], ""),
+        ("procgen", PROCGEN, PIXELS, [1, 2, 3], ""),
     ],
 )
 def test_dry_run_lists_every_run_once_seed_by_seed(suite, envs, methods, seeds, options):
