@@ -75,7 +75,7 @@ class Args:
     damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
     memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
     kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
-    learning_rate: float | None = None  # first actor step size; paper to off: the largest
+    learning_rate: float | None = None  # first of the actor; paper to off: the largest; ppo: Adam's
     max_grad_norm: float = 0.5  # l2 bound nu of (4); track has none
     critic_epochs: int = 3  # critic passes over the rollout
     critic_minibatches: int = 16  # critic minibatches in a pass
@@ -632,7 +632,7 @@ def tape_chunk(actor, obs, actions):
 
 
 def tape_scores(actor, obs, actions):
-    """H by layer, some samples at a time: a CPU is fastest with few, which fit into its cache.
+    """H by layer, some samples at a time: a CPU is faster with few (docs/speed.md).
 
     Raises TypeError as check_tape."""
     chunk = 32 if obs.is_cpu else 512
@@ -771,6 +771,14 @@ def ppo_step(actor, optimizer, block):
 # ---- Training --------------------------------------------------------------------------------
 
 
+def make_optimizer(args, actor, critic):
+    """Adam for the critic, with ppo for the actor too."""
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
+    if args.kaczmarz == "ppo":
+        optimizer.add_param_group({"params": actor.parameters(), "lr": args.learning_rate})
+    return optimizer
+
+
 def main(args: Args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
     saved = load_checkpoint(args) if args.resume else {}
@@ -787,10 +795,10 @@ def main(args: Args):
     spaces = envs.single_observation_space, envs.single_action_space
     agent = Agent(*spaces, args.channels, args.hidden).to(args.device)
     actor, critic = agent.policy, agent.critic
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
-    if args.kaczmarz == "ppo":
-        optimizer.add_param_group({"params": actor.parameters(), "lr": learning_rate})
+    optimizer = make_optimizer(args, actor, critic)
     if saved:
+        if (args.kaczmarz == "ppo") != (saved["args"].kaczmarz == "ppo"):
+            fail("--resume cannot change a run to or from --kaczmarz ppo: give another --run-name.")
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         vars(scaled.return_rms).update(saved["reward_statistics"])

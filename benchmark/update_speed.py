@@ -329,10 +329,10 @@ def main(args: Args):
     tasks_a_process = 1  # so that none finds memory that another has left
     if args.device == "cuda":
         where = torch.cuda.get_device_name()
-        tasks_a_process = None  # PyTorch counts a GPU's memory: one process for all
     if args.quick:
         samples, warm_up, repeats = 64, 0, 1
-        tasks_a_process = None
+    if args.quick or args.device == "cuda":  # a GPU's memory is counted by PyTorch
+        tasks_a_process = None  # one process for all
     times = milliseconds(samples, args.device, warm_up, repeats)
     peaks = megabytes(samples, args.device, tasks_a_process)
     title = (

@@ -601,7 +601,7 @@ def test_a_run_its_resume_and_its_play(tmp_path):
     assert video.stat().st_size > 1000
 
 
-def test_a_run_with_ppos_step_and_its_resume(tmp_path):
+def test_a_run_with_ppos_step_and_its_resume(tmp_path, capsys):
     """Three passes of Adam on actor and critic, whose states a resumed run goes on with."""
     arguments = [*TINY, "--kaczmarz", "ppo", "--output-dir", tmp_path, "--run-name", "a"]
     arguments += ["--kl-low", 1e-9]  # no rule may lower the step size
@@ -612,6 +612,11 @@ def test_a_run_with_ppos_step_and_its_resume(tmp_path):
     assert [group["lr"] for group in before["optimizer"]["param_groups"]] == [5e-4, 5e-4]
     assert not any(g.any() for g in before["previous"])
     resume = ["--resume", "--output-dir", tmp_path, "--run-name", "a"]
+    with pytest.raises(SystemExit) as stopped:
+        train("rat_procgen", *resume, "--total-timesteps", 128, "--kaczmarz", "track")
+    assert stopped.value.code == 2
+    assert "cannot change a run to or from --kaczmarz ppo" in capsys.readouterr().err
+    assert checkpoint(tmp_path / "a")["global_step"] == 64
     train("rat_procgen", *resume, "--total-timesteps", 128)
     after = checkpoint(tmp_path / "a")
     steps = {state["step"].item() for state in after["optimizer"]["state"].values()}
