@@ -104,6 +104,34 @@ def test_tables_over_3M_steps():
         assert cells == wanted, name
 
 
+NOISE = {  # rows of the table of runs whose advantages are noise, and their files
+    "paper's rule": "Hopper-v4__defaults__",
+    "the same, `--update-epochs 1 --learning-rate 0.3`": "Hopper-v4__epochs1_lr__",
+    "`--update-epochs 1 --num-minibatches 16`": "Hopper-v4__epochs1_b128__",
+    "`--kaczmarz off`": "Hopper-v4__off__",
+    "`--kaczmarz release`": "Hopper-v4__release__",
+    "NPG": "Hopper-v4__npg__",
+    "PPO": "Hopper-v4__ppo__",
+    "paper's rule on HalfCheetah-v4 (8.52 at the start)": "HalfCheetah-v4__defaults__",
+    "the default rule": "Hopper-v4__track__",
+    "the default rule on HalfCheetah-v4": "HalfCheetah-v4__track__",
+    "the same, `--memory 0`": "Hopper-v4__memory0__",
+    "the same, `--memory 0` on HalfCheetah-v4": "HalfCheetah-v4__memory0__",
+}
+
+
+def test_the_table_with_noise_for_advantages():
+    ((_, *rows),) = tables("advantages are noise")
+    assert [name.split(", seeds")[0] for name, *_ in rows] == list(NOISE)
+    for name, *cells in rows:
+        prefix = NOISE[name.split(", seeds")[0]]
+        runs = sorted(path.stem for path in (RESULTS / "noise").glob(f"{prefix}*.csv"))
+        told = [column("noise", run, "entropy", "kl") for run in runs]
+        entropies = ", ".join(f"{entropy[-1]:.2f}" for entropy, _ in told)
+        divergences = ", ".join(f"{np.median(kl):.4f}" for _, kl in told)
+        assert cells == [entropies, divergences], name
+
+
 def test_the_table_of_the_readme():
     sources = {
         "RAT": ("track", "rat"),
