@@ -120,6 +120,12 @@ NOISE = {  # rows of the table of runs whose advantages are noise, and their fil
 }
 
 
+def drift(x):
+    """What x changes by, in standard deviations of a random walk with its differences over ten."""
+    steps = np.diff(x[::10])
+    return (x[-1] - x[0]) / (np.std(steps, ddof=1) * len(steps) ** 0.5)
+
+
 def test_the_table_with_noise_for_advantages():
     ((_, *rows),) = tables("advantages are noise")
     assert [name.split(", seeds")[0] for name, *_ in rows] == list(NOISE)
@@ -129,7 +135,8 @@ def test_the_table_with_noise_for_advantages():
         told = [column("noise", run, "entropy", "kl") for run in runs]
         entropies = ", ".join(f"{entropy[-1]:.2f}" for entropy, _ in told)
         divergences = ", ".join(f"{np.median(kl):.4f}" for _, kl in told)
-        assert cells == [entropies, divergences], name
+        drifts = ", ".join(f"{drift(entropy):.1f}" for entropy, _ in told)
+        assert cells == [entropies, divergences, drifts], name
 
 
 def test_the_table_of_the_readme():
