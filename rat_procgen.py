@@ -35,7 +35,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,6 +43,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.wrappers.vector import ClipReward, NormalizeReward, RecordEpisodeStatistics
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
@@ -93,9 +94,9 @@ class Args:
         for name, value in zip(RULES["set"], RULES[self.kaczmarz]):
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        zero = ("seed", "resume", "memory", "num_levels", "start_level", "eval_levels")
-        check_args(self, may_be_zero=zero)
-        if self.num_levels == 0 and self.eval_levels > 0:
+        may_be_zero = ("seed", "resume", "memory", "num_levels", "start_level", "eval_levels")
+        check_args(self, may_be_zero)
+        if self.eval_levels and not self.num_levels:
             raise ValueError("--num-levels 0 trains on all: none is unseen, use --eval-levels 0.")
 
 
@@ -163,8 +164,8 @@ class PopArt(nn.Module):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
         self.register_buffer("moments", torch.zeros(3).double())  # of 1, R, R^2
-        self.register_buffer("mean", torch.zeros(()).double())
-        self.register_buffer("std", torch.ones(()).double())
+        self.register_buffer("mean", torch.tensor(0.0).double())
+        self.register_buffer("std", torch.tensor(1.0).double())
 
     def forward(self, features):
         """Values [B] in normalised units of features [B, in_features]."""
@@ -173,14 +174,15 @@ class PopArt(nn.Module):
     @torch.no_grad()
     def update(self, returns):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
-        old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
         self.moments.lerp_(powers.mean(1), 1e-5)  # slow: debiased, nearly the mean of all so far
         weight, first, second = self.moments
-        self.mean.copy_(first / weight)  # over the weight so far: debiased
-        self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
-        self.linear.weight.mul_(old_std / self.std)
-        self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
+        mean = first / weight  # over the weight so far: debiased
+        std = (second / weight - mean.square()).clamp(min=1e-6).sqrt()
+        self.linear.weight *= self.std / std
+        self.linear.bias.mul_(self.std).add_(self.mean - mean).div_(std)
+        self.mean = mean
+        self.std = std
 
 
 def conv(inputs, outputs):
@@ -278,9 +280,9 @@ def check_args(args, may_be_zero):
     rollout = args.num_envs * args.num_steps
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, int | float) and not (
-            0 < value < 2**31 or (value == 0 and name in may_be_zero)
-        ):
+        if value == 0 and name in may_be_zero:
+            continue
+        if isinstance(value, int | float) and not 0 < value < 2**31:
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
@@ -337,7 +339,7 @@ def collect(envs, agent, obs, num_steps):
         observations.append(obs)
         actions.append(action)
         steps.append([reward, terminated])
-    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)  # [T, 2, N]
+    steps = torch.tensor(np.float32(steps), device=obs.device)  # [T, 2, N]
     rewards, terminated = steps.unbind(1)  # [T, N] each
     return Rollout(
         torch.stack(observations), torch.stack(actions), rewards, terminated, done=terminated
@@ -348,12 +350,9 @@ def gae(rollout, values, gamma, lam):
     """Advantages [T, N] from values [T + 1, N] (Schulman et al. 2016).
 
     A truncation bootstraps from the value of its last observation; the trace ends at done."""
-    deltas = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
-    advantages = torch.zeros_like(deltas)
-    trace = 0.0
-    for t in reversed(range(len(deltas))):
-        trace = deltas[t] + gamma * lam * (1 - rollout.done[t]) * trace
-        advantages[t] = trace
+    advantages = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
+    for t in reversed(range(len(advantages) - 1)):  # one-step advantages so far
+        advantages[t] += gamma * lam * (1 - rollout.done[t]) * advantages[t + 1]
     return advantages
 
 
@@ -458,11 +457,11 @@ def run_folder(args):
     return Path(args.output_dir) / args.run_name
 
 
-def save_checkpoint(args, state):
+def save_checkpoint(args, **state):
     """Replace checkpoint.pt in one step: a run that is killed leaves the old file or the new."""
     partial = run_folder(args) / "checkpoint.partial"
-    torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, partial)
-    os.replace(partial, run_folder(args) / "checkpoint.pt")
+    torch.save({"algorithm": ALGORITHM, "args": vars(args), **state}, partial)
+    partial.replace(partial.with_suffix(".pt"))
 
 
 def load_checkpoint(args):
@@ -498,12 +497,12 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = {"algorithm": ALGORITHM, **asdict(args)}
+        config = {"algorithm": ALGORITHM, **vars(args)}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
-        self.csv.truncate(min(csv_size, self.csv.tell()))
-        self.csv.seek(0, 2)  # the end
-        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.csv.seek(min(csv_size, self.csv.tell()))
+        self.csv.truncate()
+        self.events = SummaryWriter(folder, purge_step=step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
     def write(self, step, metrics):
@@ -522,8 +521,8 @@ class Logger:
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv, flush=True)
+        self.bar.n = step
         self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
-        self.bar.update(step - self.bar.n)
 
     def close(self):
         """Close the files and the bar."""
@@ -636,11 +635,12 @@ def tape_scores(actor, obs, actions):
 
     Raises TypeError as check_tape."""
     chunk = 32 if obs.is_cpu else 512
-    scores = []
-    for s in tape_chunk(actor, obs[:1], actions[:1]):  # room for all samples
-        repeats = len(obs), 1
-        scores.append(LayerScores(s.params, s.x.repeat(repeats), s.grad_out.repeat(repeats)))
-    for start in range(0, len(obs), chunk):
+    count = len(obs)
+    scores = [  # room for all samples
+        LayerScores(s.params, s.x.repeat(count, 1), s.grad_out.repeat(count, 1))
+        for s in tape_chunk(actor, obs[:1], actions[:1])
+    ]
+    for start in range(0, count, chunk):
         rows = slice(start, start + chunk)
         for s, part in zip(scores, tape_chunk(actor, obs[rows], actions[rows])):
             s.x[rows] = part.x
@@ -663,8 +663,13 @@ def product(scores, v):
     total = 0.0
     for s in scores:
         columns = [v[p].view(s.grad_out.shape[1], -1) for p in s.params]
-        total = total + ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
+        total += ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
     return total
+
+
+def scale(v, factor):
+    """factor v; v as in product."""
+    return {p: factor * g for p, g in v.items()}
 
 
 def transposed_product(scores, u):
@@ -674,7 +679,7 @@ def transposed_product(scores, u):
         matrix = (u[:, None] * s.grad_out).T @ s.x  # [d_out, d_in (+ 1)]
         widths = [p.numel() // len(matrix) for p in s.params]
         for p, columns in zip(s.params, matrix.split(widths, 1)):
-            result[p] = columns.reshape(p.shape)
+            result[p] = columns.reshape_as(p)
     return result
 
 
@@ -692,7 +697,7 @@ def solve(scores, rhs, ratio, damping):
     factor, info = torch.linalg.cholesky_ex(damped_kernel)
     scaled = (sqrt_sigma * rhs).to(factor.dtype)[..., None]
     solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
-    if info != 0 or not solution.isfinite().all():
+    if info or not solution.isfinite().all():
         raise FloatingPointError(
             "the actor update's Cholesky solve is not finite, of bad scores or advantages or for "
             "a policy that is certain of all actions: raise --damping or lower --kl-low"
@@ -741,17 +746,15 @@ def kaczmarz_direction(args, actor, block, previous):
     else:
         length = nn.utils.get_total_norm(direction.values())
         factor = (args.max_grad_norm / (length + 1e-6)).clamp(max=1)  # (4)
-    applied = {p: g * factor for p, g in direction.items()}
     # release remembers -d_j, for which y - H previous is y + H d_{j-1}
     share = {"track": 1, "paper": 1, "release": -factor, "off": 0}[args.kaczmarz]
-    remembered = {p: share * g for p, g in direction.items()}
     metrics = {
         "rat/damping": damping,
         "rat/relative_damping": damping / trace,
         "rat/fisher_norm": fisher_norm,
         "rat/agreement": (y * normalized(predicted)).mean(),
     }
-    return applied, remembered, metrics
+    return scale(direction, factor), scale(direction, share), metrics
 
 
 def ppo_step(actor, optimizer, block):
@@ -771,56 +774,54 @@ def ppo_step(actor, optimizer, block):
 # ---- Training --------------------------------------------------------------------------------
 
 
-def make_optimizer(args, actor, critic):
-    """Adam for the critic, with ppo for the actor too."""
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
-    if args.kaczmarz == "ppo":
-        optimizer.add_param_group({"params": actor.parameters(), "lr": args.learning_rate})
-    return optimizer
-
-
 def main(args: Args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
     saved = load_checkpoint(args) if args.resume else {}
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
-    learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
-    eval_return = saved.get("eval_return", np.nan)
-    started = time.time() - saved.get("wall_seconds", 0.0)
+    learning_rate = args.learning_rate  # eta
+    eval_return = np.nan
+    started = time.time()
     seeds = seed_generators(args, global_step)
-    games = gym.wrappers.vector.RecordEpisodeStatistics(Procgen(args, seeds[0]))  # raw rewards
-    scaled = gym.wrappers.vector.NormalizeReward(games, args.gamma)  # by the deviation of returns
-    envs = gym.wrappers.vector.ClipReward(scaled, -10, 10)
+    games = RecordEpisodeStatistics(Procgen(args, seeds[0]))  # raw rewards
+    scaled = NormalizeReward(games, args.gamma)  # by the deviation of returns
+    envs = ClipReward(scaled, -10, 10)
     obs = torch.tensor(envs.reset()[0], device=args.device)  # [N, 64, 64, 3]
     spaces = envs.single_observation_space, envs.single_action_space
     agent = Agent(*spaces, args.channels, args.hidden).to(args.device)
     actor, critic = agent.policy, agent.critic
-    optimizer = make_optimizer(args, actor, critic)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
+    ppo = args.kaczmarz == "ppo"
+    if ppo:
+        optimizer.add_param_group({"params": actor.parameters(), "lr": args.learning_rate})
+    previous = {p: torch.zeros_like(p) for p in actor.parameters()}  # g_{j-1}
     if saved:
-        if (args.kaczmarz == "ppo") != (saved["args"].kaczmarz == "ppo"):
+        if ppo != (saved["args"].kaczmarz == "ppo"):
             fail("--resume cannot change a run to or from --kaczmarz ppo: give another --run-name.")
+        started -= saved["wall_seconds"]
+        learning_rate = saved["learning_rate"]
+        eval_return = saved["eval_return"]
         agent.load_state_dict(saved["agent"])
+        previous = dict(zip(previous, saved["previous"]))
         optimizer.load_state_dict(saved["optimizer"])
         vars(scaled.return_rms).update(saved["reward_statistics"])
     tape_chunk(actor, obs, actor(obs).mode)  # refuses before there is a run folder
-    zeros = [torch.zeros_like(p) for p in actor.parameters()]
-    previous = dict(zip(actor.parameters(), saved.get("previous", zeros)))  # g_{j-1}
     logger = Logger(args, global_step, saved.get("csv_size", 0))
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
-        state = {
-            "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "learning_rate": learning_rate,
-            "previous": list(previous.values()),
-            "reward_statistics": {k: float(v) for k, v in vars(scaled.return_rms).items()},
-            "eval_return": eval_return,
-            "global_step": global_step,
-            "wall_seconds": time.time() - started,
-            "csv_size": logger.csv.tell(),
-        }
-        save_checkpoint(args, state)
+        save_checkpoint(
+            args,
+            agent=agent.state_dict(),
+            optimizer=optimizer.state_dict(),
+            learning_rate=learning_rate,
+            previous=list(previous.values()),
+            reward_statistics={k: float(v) for k, v in vars(scaled.return_rms).items()},
+            eval_return=eval_return,
+            global_step=global_step,
+            wall_seconds=time.time() - started,
+            csv_size=logger.csv.tell(),
+        )
 
     save()
     while global_step + batch_size <= args.total_timesteps:
@@ -835,16 +836,16 @@ def main(args: Args):
 
         # Actor
         measurements = []
-        previous = {p: args.memory * g for p, g in previous.items()}  # g_0
+        previous = scale(previous, args.memory)  # g_0
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
-                if args.kaczmarz == "ppo":
-                    measurements.append(ppo_step(actor, optimizer, block))
-                    continue
-                direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
-                with torch.no_grad():
-                    for p, g in direction.items():
-                        p.add_(g, alpha=learning_rate)
+                if ppo:
+                    measured = ppo_step(actor, optimizer, block)
+                else:
+                    direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
+                    with torch.no_grad():
+                        for p, g in direction.items():
+                            p.add_(g, alpha=learning_rate)
                 measurements.append(measured)
 
         # Critic
@@ -860,12 +861,14 @@ def main(args: Args):
         metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
         metrics["charts/learning_rate"] = learning_rate
         metrics["losses/value_loss"] = value_loss
-        for name in measurements[0]:
-            metrics[name] = np.mean([float(measured[name]) for measured in measurements])
+        metrics |= {
+            name: np.mean([float(measured[name]) for measured in measurements])
+            for name in measurements[0]
+        }
         logger.write(global_step, metrics)
-        kl = metrics["losses/kl"].item()
+        kl = float(metrics["losses/kl"])
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        if args.kaczmarz != "ppo":
+        if not ppo:
             learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
         save()
 

@@ -33,7 +33,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -154,9 +154,10 @@ class ObsNormalizer(nn.Module):
 
     def __init__(self, obs_dim):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim).double())
-        self.register_buffer("var", torch.zeros(obs_dim).double())
-        self.register_buffer("count", torch.zeros(()).double())
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("var", torch.zeros(obs_dim))
+        self.register_buffer("count", torch.tensor(0.0))
+        self.double()
 
     def forward(self, obs):
         std = (self.var + 1 / (self.count + 1) + 1e-5).sqrt()
@@ -167,10 +168,10 @@ class ObsNormalizer(nn.Module):
         obs = obs.double()
         share = len(obs) / (self.count + len(obs))
         delta = obs.mean(0) - self.mean
-        between = delta.square() * share * (1 - share)
-        self.var.lerp_(obs.var(0, correction=0), share).add_(between)
-        self.mean.add_(delta * share)
-        self.count.add_(len(obs))
+        self.var.lerp_(obs.var(0, correction=0), share)
+        self.var += delta.square() * share * (1 - share)
+        self.mean += delta * share
+        self.count += len(obs)
 
 
 class PopArt(nn.Module):
@@ -180,8 +181,8 @@ class PopArt(nn.Module):
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
         self.register_buffer("moments", torch.zeros(3).double())  # of 1, R, R^2
-        self.register_buffer("mean", torch.zeros(()).double())
-        self.register_buffer("std", torch.ones(()).double())
+        self.register_buffer("mean", torch.tensor(0.0).double())
+        self.register_buffer("std", torch.tensor(1.0).double())
 
     def forward(self, features):
         """Values [B] in normalised units of features [B, in_features]."""
@@ -190,14 +191,15 @@ class PopArt(nn.Module):
     @torch.no_grad()
     def update(self, returns):
         """Move the moments towards returns [n]; rescale the head: denormalised values stay."""
-        old_mean, old_std = self.mean.clone(), self.std.clone()
         powers = returns.double() ** torch.arange(3, device=returns.device)[:, None]  # [3, n]
         self.moments.lerp_(powers.mean(1), 1e-5)  # slow: debiased, nearly the mean of all so far
         weight, first, second = self.moments
-        self.mean.copy_(first / weight)  # over the weight so far: debiased
-        self.std.copy_((second / weight - self.mean.square()).clamp(min=1e-6).sqrt())
-        self.linear.weight.mul_(old_std / self.std)
-        self.linear.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
+        mean = first / weight  # over the weight so far: debiased
+        std = (second / weight - mean.square()).clamp(min=1e-6).sqrt()
+        self.linear.weight *= self.std / std
+        self.linear.bias.mul_(self.std).add_(self.mean - mean).div_(std)
+        self.mean = mean
+        self.std = std
 
 
 class PolicyAndValue(NamedTuple):
@@ -291,9 +293,9 @@ def check_args(args, may_be_zero):
     rollout = args.num_envs * args.num_steps
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, int | float) and not (
-            0 < value < 2**31 or (value == 0 and name in may_be_zero)
-        ):
+        if value == 0 and name in may_be_zero:
+            continue
+        if isinstance(value, int | float) and not 0 < value < 2**31:
             raise ValueError(
                 f"{flag} must be {'0 or ' * (name in may_be_zero)}positive and below 2^31."
             )
@@ -338,7 +340,7 @@ class Rollout(NamedTuple):
     rewards: Tensor  # [T, N], as all that follow
     terminated: Tensor
     done: Tensor  # terminated or truncated
-    valid: Tensor  # 0 where the step only reset
+    valid: Tensor  # False where the step only reset
 
 
 def collect(envs, agent, obs, done, num_steps):
@@ -355,23 +357,21 @@ def collect(envs, agent, obs, done, num_steps):
         observations.append(obs)
         actions.append(action)
         steps.append([reward, terminated, terminated | truncated])
-    steps = torch.tensor(np.array(steps), dtype=torch.float32, device=obs.device)  # [T, 3, N]
+    steps = torch.tensor(np.float32(steps), device=obs.device)  # [T, 3, N]
     rewards, terminated, ends = steps.unbind(1)  # [T, N] each
-    valid = 1 - torch.cat([done[None], ends[:-1]])  # the step after an end only resets
-    observations, actions = torch.stack(observations), torch.stack(actions)
-    return Rollout(observations, actions, rewards, terminated, ends, valid)
+    valid = torch.cat([done[None], ends[:-1]]) == 0  # the step after an end only resets
+    return Rollout(
+        torch.stack(observations), torch.stack(actions), rewards, terminated, ends, valid
+    )
 
 
 def gae(rollout, values, gamma, lam):
     """Advantages [T, N] from values [T + 1, N] (Schulman et al. 2016).
 
     A truncation bootstraps from the value of its last observation; the trace ends at done."""
-    deltas = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
-    advantages = torch.zeros_like(deltas)
-    trace = 0.0
-    for t in reversed(range(len(deltas))):
-        trace = deltas[t] + gamma * lam * (1 - rollout.done[t]) * trace
-        advantages[t] = trace
+    advantages = rollout.rewards + gamma * values[1:] * (1 - rollout.terminated) - values[:-1]
+    for t in reversed(range(len(advantages) - 1)):  # one-step advantages so far
+        advantages[t] += gamma * lam * (1 - rollout.done[t]) * advantages[t + 1]
     return advantages
 
 
@@ -389,7 +389,7 @@ def gather_samples(agent, rollout, advantages, values):
     """Drop the steps that only reset, renew the running statistics and normalise by them.
 
     Returns Samples and the policy at them before its updates."""
-    keep = rollout.valid > 0  # [T, N]
+    keep = rollout.valid  # [T, N]
     obs, actions = rollout.obs[:-1][keep], rollout.actions[keep]
     returns = (advantages + values[:-1])[keep]
     agent.normalizer.update(obs)
@@ -450,11 +450,11 @@ def run_folder(args):
     return Path(args.output_dir) / args.run_name
 
 
-def save_checkpoint(args, state):
+def save_checkpoint(args, **state):
     """Replace checkpoint.pt in one step: a run that is killed leaves the old file or the new."""
     partial = run_folder(args) / "checkpoint.partial"
-    torch.save({"algorithm": ALGORITHM, "args": asdict(args), **state}, partial)
-    os.replace(partial, run_folder(args) / "checkpoint.pt")
+    torch.save({"algorithm": ALGORITHM, "args": vars(args), **state}, partial)
+    partial.replace(partial.with_suffix(".pt"))
 
 
 def load_checkpoint(args):
@@ -490,12 +490,12 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = {"algorithm": ALGORITHM, **asdict(args)}
+        config = {"algorithm": ALGORITHM, **vars(args)}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
-        self.csv.truncate(min(csv_size, self.csv.tell()))
-        self.csv.seek(0, 2)  # the end
-        self.events = SummaryWriter(str(folder), purge_step=step + 1)
+        self.csv.seek(min(csv_size, self.csv.tell()))
+        self.csv.truncate()
+        self.events = SummaryWriter(folder, purge_step=step + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
     def write(self, step, metrics):
@@ -514,8 +514,8 @@ class Logger:
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv, flush=True)
+        self.bar.n = step
         self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
-        self.bar.update(step - self.bar.n)
 
     def close(self):
         """Close the files and the bar."""
@@ -601,8 +601,13 @@ def product(scores, v):
     total = 0.0
     for s in scores:
         columns = [v[p].view(s.grad_out.shape[1], -1) for p in s.params]
-        total = total + ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
+        total += ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
     return total
+
+
+def scale(v, factor):
+    """factor v; v as in product."""
+    return {p: factor * g for p, g in v.items()}
 
 
 def transposed_product(scores, u):
@@ -612,7 +617,7 @@ def transposed_product(scores, u):
         matrix = (u[:, None] * s.grad_out).T @ s.x  # [d_out, d_in (+ 1)]
         widths = [p.numel() // len(matrix) for p in s.params]
         for p, columns in zip(s.params, matrix.split(widths, 1)):
-            result[p] = columns.reshape(p.shape)
+            result[p] = columns.reshape_as(p)
     return result
 
 
@@ -630,7 +635,7 @@ def solve(scores, rhs, ratio, damping):
     factor, info = torch.linalg.cholesky_ex(damped_kernel)
     scaled = (sqrt_sigma * rhs).to(factor.dtype)[..., None]
     solution = sqrt_sigma * torch.cholesky_solve(scaled, factor)[..., 0]
-    if info != 0 or not solution.isfinite().all():
+    if info or not solution.isfinite().all():
         raise FloatingPointError(
             "the actor update's Cholesky solve is not finite, of bad scores or advantages or for "
             "a policy that is certain of all actions: raise --damping or lower --kl-low"
@@ -706,9 +711,8 @@ def sampled_step(args, agent, block, previous, learning_rate):
     factor = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # (4)
     # release remembers -d_j, for which y - H previous is y + H d_{j-1}
     share = {"paper": 1, "release": -factor, "off": 0}[args.kaczmarz]
-    remembered = {p: share * d for p, d in direction.items()}
-    step = {p: learning_rate * factor * d for p, d in direction.items()}
-    return step, remembered, {"rat/direction_norm": norm}  # before the clip
+    step = scale(direction, learning_rate * factor)
+    return step, scale(direction, share), {"rat/direction_norm": norm}  # before the clip
 
 
 # ---- Training --------------------------------------------------------------------------------
@@ -719,29 +723,31 @@ def main(args: Args):
     saved = load_checkpoint(args) if args.resume else {}
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
-    learning_rate = saved.get("learning_rate", args.learning_rate)  # eta
-    started = time.time() - saved.get("wall_seconds", 0.0)
+    learning_rate = args.learning_rate  # eta
+    started = time.time()
     envs, obs = make_envs(args, seed_generators(args, global_step))
     obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
-    done = torch.zeros(args.num_envs, device=args.device)
+    done = obs.new_zeros(len(obs))
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
+    previous = {p: torch.zeros_like(p) for p in agent.parameters()}  # of the block before
     if saved:
+        started -= saved["wall_seconds"]
+        learning_rate = saved["learning_rate"]
         agent.load_state_dict(saved["agent"])
-    zeros = [torch.zeros_like(p) for p in agent.parameters()]
-    previous = dict(zip(agent.parameters(), saved.get("previous", zeros)))  # of the block before
+        previous = dict(zip(previous, saved["previous"]))
     logger = Logger(args, global_step, saved.get("csv_size", 0))
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
-        state = {
-            "agent": agent.state_dict(),
-            "learning_rate": learning_rate,
-            "previous": list(previous.values()),
-            "global_step": global_step,
-            "wall_seconds": time.time() - started,
-            "csv_size": logger.csv.tell(),
-        }
-        save_checkpoint(args, state)
+        save_checkpoint(
+            args,
+            agent=agent.state_dict(),
+            learning_rate=learning_rate,
+            previous=list(previous.values()),
+            global_step=global_step,
+            wall_seconds=time.time() - started,
+            csv_size=logger.csv.tell(),
+        )
 
     save()
     while global_step + batch_size <= args.total_timesteps:
@@ -756,7 +762,7 @@ def main(args: Args):
 
         # Actor and critic
         measurements = []
-        previous = {p: args.memory * g for p, g in previous.items()}
+        previous = scale(previous, args.memory)
         update = joint_step if args.kaczmarz == "track" else sampled_step
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
@@ -772,10 +778,12 @@ def main(args: Args):
         metrics["charts/learning_rate"] = learning_rate
         fitted = agent(samples.obs).value.detach()
         metrics["losses/value_loss"] = (fitted - samples.returns).square().mean()
-        for name in measurements[0]:
-            metrics[name] = np.mean([float(measured[name]) for measured in measurements])
+        metrics |= {
+            name: np.mean([float(measured[name]) for measured in measurements])
+            for name in measurements[0]
+        }
         logger.write(global_step, metrics)
-        kl = metrics["losses/kl"].item()
+        kl = float(metrics["losses/kl"])
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
         learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
         save()
