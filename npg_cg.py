@@ -7,7 +7,6 @@
 #     "numpy==1.26.4",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
 # ]
 # ///
 """Natural policy gradient by conjugate gradients; with --line-search TRPO (Schulman et al. 2015).
@@ -47,7 +46,6 @@ import tyro
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
@@ -461,7 +459,7 @@ def parse_args():
 
 
 class Logger:
-    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
+    """progress.csv, TensorBoard events and a line on stdout.
 
     Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
     checkpoint does not know. Raises FileExistsError for a folder of another run."""
@@ -475,10 +473,9 @@ class Logger:
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
         self.events = SummaryWriter(folder, purge_step=step + 1)
-        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
     def write(self, step, metrics):
-        """A point a tag and a row, whose columns are what follows the tags' slashes.
+        """A point a tag, a line and a row, whose columns are what follows the tags' slashes.
 
         Raises FloatingPointError for a value that is not finite, but for those of charts/."""
         row = {"global_step": step}
@@ -493,14 +490,7 @@ class Logger:
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv, flush=True)
-        self.bar.n = step
-        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
-
-    def close(self):
-        """Close the files and the bar."""
-        self.csv.close()
-        self.events.close()
-        self.bar.close()
+        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
 
 
 @contextmanager
@@ -652,7 +642,7 @@ def line_search(actor, block, step, target_kl):
 # ---- Training --------------------------------------------------------------------------------
 
 
-def main(args: Args):
+def main(args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
     saved = load_checkpoint(args) if args.resume else {}
     batch_size = args.num_envs * args.num_steps
@@ -728,14 +718,6 @@ def main(args: Args):
             largest = np.inf if args.clip == "normalize" else args.learning_rate
             learning_rate = adapt_learning_rate(learning_rate, kl, 0.004, largest)
         save()
-
-    logger.close()
-    envs.close()
-    print(
-        f"{args.env_id}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, "
-        f"with noise, after {global_step} steps; without noise: python enjoy.py "
-        f"{shlex.quote(str(run_folder(args) / 'checkpoint.pt'))}"
-    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 #     "numpy==1.26.4",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
 # ]
 # ///
 """RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591), two networks.
@@ -41,14 +40,16 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call, grad, vmap
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
+RANK = int(os.getenv("RANK", 0))  # of this process; torchrun sets both
+WORLD_SIZE = int(os.getenv("WORLD_SIZE", 1))  # processes
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
 torch.set_float32_matmul_precision("highest")  # TF32 would round the kernel's products to 10 bits
 
@@ -305,6 +306,41 @@ def seed_generators(args, global_step):
     return env_seeds
 
 
+def connect(args):
+    """Join the processes that torchrun started: one run name for all, a GPU for each.
+
+    Ends the program where their arguments differ."""
+    if WORLD_SIZE == 1:
+        return
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    if gathered(sys.argv) != [sys.argv] * WORLD_SIZE:
+        fail("torchrun's processes have different arguments: give all nodes the same.")
+    args.run_name = gathered(args.run_name)[0]
+
+
+def gathered(value):
+    """The values of all torchrun's processes, by rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_rows(tensor):
+    """The rows of the tensors of all processes."""
+    return torch.cat(gathered(tensor.cpu())).to(tensor.device)
+
+
+def average(tensors):
+    """Replace tensors by their means over the processes."""
+    if WORLD_SIZE > 1:
+        flat = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
+
+
 class Rollout(NamedTuple):
     """T steps of N environments."""
 
@@ -365,8 +401,8 @@ def gather_samples(agent, rollout, advantages, values):
     keep = rollout.valid  # [T, N]
     obs, actions = rollout.obs[:-1][keep], rollout.actions[keep]
     returns = (advantages + values[:-1])[keep]
-    agent.normalizer.update(obs)
-    agent.popart.update(returns)
+    agent.normalizer.update(all_rows(obs))
+    agent.popart.update(all_rows(returns))
     obs, returns = agent.normalizer(obs), (returns - agent.popart.mean) / agent.popart.std
     policy = agent.policy(obs)
     return Samples(obs, actions, advantages[keep], returns, policy.log_prob(actions)), policy
@@ -393,6 +429,7 @@ def fit_critic(args, critic, optimizer, samples):
             loss = (critic(block.obs) - block.returns).square().mean()
             optimizer.zero_grad()
             loss.backward()
+            average([p.grad for p in critic.parameters()])
             nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
             optimizer.step()
             losses.append(loss.detach())
@@ -469,7 +506,7 @@ def parse_args():
 
 
 class Logger:
-    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
+    """progress.csv, TensorBoard events and a line on stdout.
 
     Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
     checkpoint does not know. Raises FileExistsError for a folder of another run."""
@@ -483,10 +520,9 @@ class Logger:
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
         self.events = SummaryWriter(folder, purge_step=step + 1)
-        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
     def write(self, step, metrics):
-        """A point a tag and a row, whose columns are what follows the tags' slashes.
+        """A point a tag, a line and a row, whose columns are what follows the tags' slashes.
 
         Raises FloatingPointError for a value that is not finite, but for those of charts/."""
         row = {"global_step": step}
@@ -501,14 +537,7 @@ class Logger:
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv, flush=True)
-        self.bar.n = step
-        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
-
-    def close(self):
-        """Close the files and the bar."""
-        self.csv.close()
-        self.events.close()
-        self.bar.close()
+        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
 
 
 @contextmanager
@@ -697,13 +726,16 @@ def kaczmarz_direction(args, actor, block, previous):
     ratio = log_ratio.exp().clamp(0.1, 10)  # w
     scores = block_scores(args, actor, block)
     trace = (ratio * score_norm_sq(scores)).mean()  # of S H H^T S
+    average([trace])
     track = args.kaczmarz == "track"
     damping = args.damping * (trace if track else 1)
     predicted = product(scores, previous)  # H g_{j-1}, [B]
     direction = kaczmarz_step(scores, y - predicted, ratio, damping, previous)
+    average(direction.values())
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
     fisher_norm = (ratio * product(scores, direction).square()).mean().sqrt()
+    average([fisher_norm])
     if track:
         factor = 1 / (fisher_norm + 1e-6)  # (4b)
     else:
@@ -723,14 +755,15 @@ def kaczmarz_direction(args, actor, block, previous):
 # ---- Training --------------------------------------------------------------------------------
 
 
-def main(args: Args):
+def main(args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
+    connect(args)
     saved = load_checkpoint(args) if args.resume else {}
-    batch_size = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
     global_step = saved.get("global_step", 0)
     learning_rate = args.learning_rate  # eta
     started = time.time()
-    envs, obs = make_envs(args, seed_generators(args, global_step))
+    envs, obs = make_envs(args, seed_generators(args, global_step + RANK))
     obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
     done = obs.new_zeros(len(obs))
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
@@ -743,9 +776,7 @@ def main(args: Args):
         agent.load_state_dict(saved["agent"])
         previous = dict(zip(previous, saved["previous"]))
         optimizer.load_state_dict(saved["optimizer"])
-    first = agent.normalizer(obs)
-    SCORES[args.jacobian](actor, first, actor(first).mode)  # refuses before there is a run folder
-    logger = Logger(args, global_step, saved.get("csv_size", 0))
+    agent.load_state_dict(gathered(agent.state_dict())[0])
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -760,7 +791,9 @@ def main(args: Args):
             csv_size=logger.csv.tell(),
         )
 
-    save()
+    if RANK == 0:
+        logger = Logger(args, global_step, saved.get("csv_size", 0))
+        save()
     while global_step + batch_size <= args.total_timesteps:
         # Rollout, advantages, samples
         rollout = collect(envs, agent, obs, done, args.num_steps)
@@ -794,19 +827,14 @@ def main(args: Args):
             name: np.mean([float(measured[name]) for measured in measurements])
             for name in measurements[0]
         }
-        logger.write(global_step, metrics)
-        kl = float(metrics["losses/kl"])
+        metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
-        save()
-
-    logger.close()
-    envs.close()
-    print(
-        f"{args.env_id}: episodic_return {np.mean(envs.return_queue or np.nan):.1f} in training, "
-        f"with noise, after {global_step} steps; without noise: python enjoy.py "
-        f"{shlex.quote(str(run_folder(args) / 'checkpoint.pt'))}"
-    )
+        learning_rate = adapt_learning_rate(
+            learning_rate, metrics["losses/kl"], args.kl_low, largest
+        )
+        if RANK == 0:
+            logger.write(global_step, metrics)
+            save()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 #     "procgen-mirror==0.10.7; python_version >= '3.11' and python_version < '3.13'",
 #     "tyro==1.0.17",
 #     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
 # ]
 # ///
 """RAT (Randomized Advantage Transformation, Sun, ICML 2026, arXiv:2605.18591) from pixels: Procgen.
@@ -42,14 +41,16 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium.wrappers.vector import ClipReward, NormalizeReward, RecordEpisodeStatistics
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
+RANK = int(os.getenv("RANK", 0))  # of this process; torchrun sets both
+WORLD_SIZE = int(os.getenv("WORLD_SIZE", 1))  # processes
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
 torch.set_float32_matmul_precision("highest")  # TF32 would round the kernel's products to 10 bits
 torch.backends.cudnn.allow_tf32 = False  # and so would cuDNN the scores: its default is TF32
@@ -106,7 +107,7 @@ RULES = {  # --kaczmarz: the defaults of what depends on it
     "paper": (4, 0.05, 0.1, 0.0, 0.004),
     "release": (4, 0.05, 0.1, 1.0, 0.004),
     "off": (4, 0.05, 0.1, 0.0, 0.004),
-    "ppo": (3, 5e-4, 0.1, 0.0, 0.004),  # PPO's step instead, to compare: only the first two count
+    "ppo": (3, 5e-4, 0.1, 0.0, 1.0),  # PPO's step instead, to compare: only the first two count
 }
 
 
@@ -319,6 +320,41 @@ def seed_generators(args, global_step):
     return env_seeds
 
 
+def connect(args):
+    """Join the processes that torchrun started: one run name for all, a GPU for each.
+
+    Ends the program where their arguments differ."""
+    if WORLD_SIZE == 1:
+        return
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    if gathered(sys.argv) != [sys.argv] * WORLD_SIZE:
+        fail("torchrun's processes have different arguments: give all nodes the same.")
+    args.run_name = gathered(args.run_name)[0]
+
+
+def gathered(value):
+    """The values of all torchrun's processes, by rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_rows(tensor):
+    """The rows of the tensors of all processes."""
+    return torch.cat(gathered(tensor.cpu())).to(tensor.device)
+
+
+def average(tensors):
+    """Replace tensors by their means over the processes."""
+    if WORLD_SIZE > 1:
+        flat = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / WORLD_SIZE, tensors)
+
+
 class Rollout(NamedTuple):
     """T steps of N environments, all of them data: Procgen resets within the step."""
 
@@ -372,7 +408,7 @@ def gather_samples(agent, rollout, advantages, values):
     actions = rollout.actions.flatten()
     advantages = advantages.flatten()
     returns = advantages + values[:-1].flatten()
-    agent.popart.update(returns)
+    agent.popart.update(all_rows(returns))
     returns = (returns - agent.popart.mean) / agent.popart.std
     policy = agent.policy(obs)
     return Samples(obs, actions, advantages, returns, policy.log_prob(actions)), policy
@@ -413,6 +449,7 @@ def fit_critic(args, critic, optimizer, samples):
             loss = (critic(block.obs) - block.returns).square().mean()
             optimizer.zero_grad()
             loss.backward()
+            average([p.grad for p in critic.parameters()])
             nn.utils.clip_grad_norm_(critic.parameters(), args.critic_max_grad_norm)
             optimizer.step()
             losses.append(loss.detach())
@@ -489,7 +526,7 @@ def parse_args():
 
 
 class Logger:
-    """progress.csv, TensorBoard events and, on a terminal, a progress bar.
+    """progress.csv, TensorBoard events and a line on stdout.
 
     Makes the run folder or, to resume, opens it again and cuts the rows after csv_size, which the
     checkpoint does not know. Raises FileExistsError for a folder of another run."""
@@ -503,10 +540,9 @@ class Logger:
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
         self.events = SummaryWriter(folder, purge_step=step + 1)
-        self.bar = tqdm(total=args.total_timesteps, initial=step, disable=None)
 
     def write(self, step, metrics):
-        """A point a tag and a row, whose columns are what follows the tags' slashes.
+        """A point a tag, a line and a row, whose columns are what follows the tags' slashes.
 
         Raises FloatingPointError for a value that is not finite, but for those of charts/."""
         row = {"global_step": step}
@@ -521,14 +557,7 @@ class Logger:
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv, flush=True)
-        self.bar.n = step
-        self.bar.set_postfix_str(f"return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
-
-    def close(self):
-        """Close the files and the bar."""
-        self.csv.close()
-        self.events.close()
-        self.bar.close()
+        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
 
 
 @contextmanager
@@ -554,8 +583,8 @@ def one_sentence(args):
 class LayerScores(NamedTuple):
     """A linear layer's columns of H: row i is the outer product of grad_out's row i and x's."""
 
-    params: list  # weight [d_out, d_in] and, if there is one, bias [d_out]
-    x: Tensor  # the layer's inputs, a 1 appended for the bias, [B, d_in (+ 1)]
+    param: Tensor  # weight [d_out, d_in] or bias [d_out]
+    x: Tensor  # the layer's inputs [B, d_in], of a bias 1
     grad_out: Tensor  # gradients of log pi(a_i|s_i) at its outputs, [B, d_out]
 
 
@@ -602,13 +631,13 @@ def layer_scores(m, x, grad_out):
     one = x.new_ones(len(x), 1)
     if type(m) is nn.Conv2d:
         grad_out = grad_out.flatten(2)  # g_{i,t}, [B, c_out, T]
-        weight = LayerScores([m.weight], one, conv_scores(m, x, grad_out))
+        weight = LayerScores(m.weight, one, conv_scores(m, x, grad_out))
         grad_out = grad_out.sum(2)  # [B, c_out]
     else:
-        weight = LayerScores([m.weight], x, grad_out)
+        weight = LayerScores(m.weight, x, grad_out)
     if m.bias is None:
         return [weight]
-    return [weight, LayerScores([m.bias], one, grad_out)]
+    return [weight, LayerScores(m.bias, one, grad_out)]
 
 
 def tape_chunk(actor, obs, actions):
@@ -637,7 +666,7 @@ def tape_scores(actor, obs, actions):
     chunk = 32 if obs.is_cpu else 512
     count = len(obs)
     scores = [  # room for all samples
-        LayerScores(s.params, s.x.repeat(count, 1), s.grad_out.repeat(count, 1))
+        LayerScores(s.param, s.x.repeat(count, 1), s.grad_out.repeat(count, 1))
         for s in tape_chunk(actor, obs[:1], actions[:1])
     ]
     for start in range(0, count, chunk):
@@ -662,8 +691,8 @@ def product(scores, v):
     """H v [B], (6); v maps parameters to tensors of their shapes."""
     total = 0.0
     for s in scores:
-        columns = [v[p].view(s.grad_out.shape[1], -1) for p in s.params]
-        total += ((s.grad_out @ torch.cat(columns, 1)) * s.x).sum(1)
+        matrix = v[s.param].view(s.grad_out.shape[1], -1)  # [d_out, d_in]
+        total += ((s.grad_out @ matrix) * s.x).sum(1)
     return total
 
 
@@ -676,10 +705,8 @@ def transposed_product(scores, u):
     """H^T u, (7), of u [B]: maps parameters to tensors of their shapes."""
     result = {}
     for s in scores:
-        matrix = (u[:, None] * s.grad_out).T @ s.x  # [d_out, d_in (+ 1)]
-        widths = [p.numel() // len(matrix) for p in s.params]
-        for p, columns in zip(s.params, matrix.split(widths, 1)):
-            result[p] = columns.reshape_as(p)
+        matrix = (u[:, None] * s.grad_out).T @ s.x  # [d_out, d_in]
+        result[s.param] = matrix.view_as(s.param)
     return result
 
 
@@ -734,13 +761,16 @@ def kaczmarz_direction(args, actor, block, previous):
     ratio = log_ratio.exp().clamp(0.1, 10)  # w
     scores = block_scores(args, actor, block)
     trace = (ratio * score_norm_sq(scores)).mean()  # of S H H^T S
+    average([trace])
     track = args.kaczmarz == "track"
     damping = args.damping * (trace if track else 1)
     predicted = product(scores, previous)  # H g_{j-1}, [B]
     direction = kaczmarz_step(scores, y - predicted, ratio, damping, previous)
+    average(direction.values())
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
     fisher_norm = (ratio * product(scores, direction).square()).mean().sqrt()
+    average([fisher_norm])
     if track:
         factor = 1 / (fisher_norm + 1e-6)  # (4b)
     else:
@@ -766,6 +796,7 @@ def ppo_step(actor, optimizer, block):
     loss = -(gain + 0.01 * policy.entropy()).mean()
     optimizer.zero_grad()
     loss.backward()
+    average([p.grad for p in actor.parameters()])
     norm = nn.utils.clip_grad_norm_(actor.parameters(), 0.5)
     optimizer.step()
     return {"ppo/gradient_norm": norm}
@@ -774,26 +805,28 @@ def ppo_step(actor, optimizer, block):
 # ---- Training --------------------------------------------------------------------------------
 
 
-def main(args: Args):
+def main(args):
     """Train. A checkpoint of the last whole iteration is always on the disk."""
+    connect(args)
     saved = load_checkpoint(args) if args.resume else {}
-    batch_size = args.num_envs * args.num_steps
+    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
     global_step = saved.get("global_step", 0)
     learning_rate = args.learning_rate  # eta
     eval_return = np.nan
     started = time.time()
-    seeds = seed_generators(args, global_step)
+    seeds = seed_generators(args, global_step + RANK)
     games = RecordEpisodeStatistics(Procgen(args, seeds[0]))  # raw rewards
     scaled = NormalizeReward(games, args.gamma)  # by the deviation of returns
     envs = ClipReward(scaled, -10, 10)
     obs = torch.tensor(envs.reset()[0], device=args.device)  # [N, 64, 64, 3]
-    spaces = envs.single_observation_space, envs.single_action_space
-    agent = Agent(*spaces, args.channels, args.hidden).to(args.device)
+    agent = Agent(
+        envs.single_observation_space, envs.single_action_space, args.channels, args.hidden
+    ).to(args.device)
     actor, critic = agent.policy, agent.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     ppo = args.kaczmarz == "ppo"
-    if ppo:
-        optimizer.add_param_group({"params": actor.parameters(), "lr": args.learning_rate})
+    # No gradient of the actor is ever left for it but ppo's
+    optimizer.add_param_group({"params": actor.parameters(), "lr": args.learning_rate})
     previous = {p: torch.zeros_like(p) for p in actor.parameters()}  # g_{j-1}
     if saved:
         if ppo != (saved["args"].kaczmarz == "ppo"):
@@ -805,8 +838,7 @@ def main(args: Args):
         previous = dict(zip(previous, saved["previous"]))
         optimizer.load_state_dict(saved["optimizer"])
         vars(scaled.return_rms).update(saved["reward_statistics"])
-    tape_chunk(actor, obs, actor(obs).mode)  # refuses before there is a run folder
-    logger = Logger(args, global_step, saved.get("csv_size", 0))
+    agent.load_state_dict(gathered(agent.state_dict())[0])
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -823,7 +855,9 @@ def main(args: Args):
             csv_size=logger.csv.tell(),
         )
 
-    save()
+    if RANK == 0:
+        logger = Logger(args, global_step, saved.get("csv_size", 0))
+        save()
     while global_step + batch_size <= args.total_timesteps:
         # Rollout, advantages, samples
         rollout = collect(envs, agent, obs, args.num_steps)
@@ -853,7 +887,7 @@ def main(args: Args):
 
         # Evaluation
         if args.eval_levels and global_step // batch_size % args.eval_interval == 0:
-            eval_return = evaluate(args, agent, args.seed + global_step)
+            eval_return = evaluate(args, agent, args.seed + global_step + RANK)
 
         # Metrics, step size, checkpoint
         metrics = rollout_metrics(agent, old_policy, samples)
@@ -865,19 +899,14 @@ def main(args: Args):
             name: np.mean([float(measured[name]) for measured in measurements])
             for name in measurements[0]
         }
-        logger.write(global_step, metrics)
-        kl = float(metrics["losses/kl"])
+        metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        if not ppo:
-            learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
-        save()
-
-    logger.close()
-    print(
-        f"{args.env_id}: episodic_return {np.mean(games.return_queue or np.nan):.1f} in training, "
-        f"with noise, after {global_step} steps; without noise: python enjoy.py "
-        f"{shlex.quote(str(run_folder(args) / 'checkpoint.pt'))}"
-    )
+        learning_rate = adapt_learning_rate(
+            learning_rate, metrics["losses/kl"], args.kl_low, largest
+        )
+        if RANK == 0:
+            logger.write(global_step, metrics)
+            save()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OWN = {"Args", "main", "ALGORITHM"}  # of every script
-# Names whose source is one script's own, and why.
+# Names whose source is a script's own, and why; scripts with the same reason share the source.
+PROCESSES = "averages over torchrun's processes"
 DIFFERS = {
     "acktr": {
         "Actor": "with --shared it has a value head on its trunk",
@@ -21,7 +22,10 @@ DIFFERS = {
     },
     "npg_cg": {},
     "npg_rank1": {},
-    "rat_continuous": {},
+    "rat_continuous": {
+        "gather_samples": PROCESSES,
+        "fit_critic": PROCESSES,
+    },
     "rat_procgen": {
         "Actor": "IMPALA's network and discrete actions",
         "Agent": "as Actor, and its observations are not normalised",
@@ -29,6 +33,10 @@ DIFFERS = {
         "collect": "as Rollout",
         "Samples": "images, not normalised",
         "gather_samples": "as Rollout and Samples",
+        "fit_critic": PROCESSES,
+        "LayerScores": "of one parameter, since a convolution's bias has another input",
+        "product": "as LayerScores",
+        "transposed_product": "as LayerScores",
         "tape_scores": "a chunk of samples at a time, of convolutions too",
         "check_tape": "takes convolutions",
         "block_scores": "there is no --jacobian vmap",
@@ -67,20 +75,22 @@ def definitions(script):
     return {name: "\n".join(lines[a - 1 : b]) for name, (a, b) in spans(source).items()}
 
 
-def is_copy(name, script):
-    """Whether a script's definition must be that of the other scripts."""
-    return name not in OWN and name not in DIFFERS[script]
+def shared_by(name, script):
+    """The scripts whose definition of name must be that of this one."""
+    if name in OWN:
+        return [script]
+    return [other for other in SCRIPTS if DIFFERS[other].get(name) == DIFFERS[script].get(name)]
 
 
 def sync(name, script):
     """Write the script's definition of name into the others; the scripts that changed."""
     text = definitions(script)[name]
     changed = []
-    for other in SCRIPTS:
+    for other in shared_by(name, script):
         path = ROOT / f"{other}.py"
         source = path.read_text()
         span = spans(source).get(name)
-        if span is None or not is_copy(name, other):
+        if span is None:
             continue
         lines = source.splitlines()
         lines[span[0] - 1 : span[1]] = text.splitlines()
@@ -98,7 +108,7 @@ def main(arguments):
         raise SystemExit("usage: python tests/sync_copies.py [NAME ...] SCRIPT.py")
     here = definitions(script)
     for name in arguments[:-1] or here:
-        if name not in here or not is_copy(name, script):
+        if name not in here or len(shared_by(name, script)) == 1:
             if arguments[:-1]:
                 raise SystemExit(f"{name} is no shared name of {script}.py")
             continue

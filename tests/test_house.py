@@ -9,7 +9,7 @@ import tokenize
 
 import pytest
 from conftest import ROOT
-from sync_copies import DIFFERS, SCRIPTS, definitions, is_copy, sync
+from sync_copies import DIFFERS, SCRIPTS, definitions, shared_by, sync
 
 # The function or class that holds the algorithm
 CORES = {
@@ -81,13 +81,13 @@ def test_code_tokens_counts_code():
 
 
 def test_same_name_same_source():
-    seen = {}
-    for script in SCRIPTS:
-        for name, source in definitions(script).items():
-            if is_copy(name, script):
-                first, text = seen.setdefault(name, (script, source))
-                mend = f"python tests/sync_copies.py {name} {first}.py"
-                assert source == text, f"{name} differs in {script}.py, mend it: {mend}"
+    everywhere = {script: definitions(script) for script in SCRIPTS}
+    for script, here in everywhere.items():
+        for name, source in here.items():
+            for other in shared_by(name, script):
+                mend = f"python tests/sync_copies.py {name} {script}.py"
+                text = everywhere[other].get(name, source)
+                assert source == text, f"{name} differs in {other}.py, mend it: {mend}"
 
 
 @every_script

@@ -1,0 +1,197 @@
+"""Several processes under torchrun: the same run on all, averaged as equations say."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, environment, flat, read_csv, score_matrix, train
+from test_direction import primal, relative
+
+import rat_continuous as rat
+
+RANKS = ROOT / "tests" / "ranks.py"
+SMALL = {
+    "rat_continuous": [
+        *("--env-id", "Hopper-v5", "--num-envs", 4, "--num-steps", 16, "--critic-epochs", 1),
+    ],
+    "rat_procgen": [
+        *("--num-envs", 2, "--num-steps", 16, "--channels", 4, 4, 4, "--hidden", 16),
+        *("--num-minibatches", 2, "--critic-minibatches", 2, "--eval-levels", 0),
+    ],
+}
+
+
+def torchrun(program, *arguments, processes=2, python=True):
+    """The command line of a program in several processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += ["--nproc-per-node", str(processes)]
+    return [*start, *([] if python else ["--no-python"]), *map(str, [program, *arguments])]
+
+
+def launch(*arguments, code=0, **options):
+    """Run it to its end; stderr."""
+    done = subprocess.run(
+        torchrun(*arguments, **options),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def found(folder):
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def equal(a, b):
+    """Whether two nested structures of tensors are the same to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pieces")
+    launch(RANKS, "pieces", folder)
+    return found(folder)
+
+
+@pytest.mark.parametrize("rule", ["track", "paper", "release", "off"])
+def test_a_direction_is_the_mean_of_the_processes_directions(pieces, rule):
+    """By the float64 formulas of test_direction.py, each process with rows of its own."""
+    args = rat.Args(kaczmarz=rule)
+    actor = rat.Actor(4, 2, 16)
+    actor.load_state_dict(pieces[0]["actor"])
+    previous = flat(pieces[0]["previous"]).double() * (rule != "off")
+    blocks = []
+    for piece in pieces:
+        obs, actions, y, weights = piece["block"]
+        scores = score_matrix(actor, obs, actions)
+        y = (y - y.mean()) / y.std(correction=0)
+        blocks.append((scores, y, weights, (weights * scores.square().sum(1)).mean()))
+    assert len(blocks[0][0]) != len(blocks[1][0])
+    trace = sum(trace for *_, trace in blocks) / 2
+    damping = args.damping * (trace if rule == "track" else 1)
+    g = sum(primal(h, y, w, damping, previous) for h, y, w, _ in blocks) / 2
+    if rule == "release":
+        g = g - previous
+    norm = sum((w * (h @ g).square()).mean().sqrt() for h, _, w, _ in blocks) / 2
+    factor = 1 / norm if rule == "track" else (0.5 / g.norm()).clamp(max=1)
+    applied, remembered, metrics = pieces[0][rule]
+    assert relative(flat(applied), factor * g) < 1e-4
+    share = {"track": 1, "paper": 1, "release": -factor, "off": 0}[rule]
+    assert (flat(remembered).double() - share * g).norm() < 1e-4 * g.norm()
+    assert float(metrics["rat/damping"]) == pytest.approx(float(damping), rel=1e-4)
+    assert float(metrics["rat/fisher_norm"]) == pytest.approx(float(norm), rel=1e-4)
+    assert equal(pieces[0][rule][:2], pieces[1][rule][:2])
+
+
+def test_statistics_are_those_of_all_samples_in_one_process(pieces):
+    normalizer, popart = rat.ObsNormalizer(4), rat.PopArt(8)
+    parts = [piece["rows"].split(30 + 15 * rank) for rank, piece in enumerate(pieces)]
+    for rows in map(torch.cat, zip(*parts)):
+        normalizer.update(rows)
+        popart.update(rows[:, 0])
+    assert equal(pieces[0]["normalizer"], pieces[1]["normalizer"])
+    for name, value in normalizer.state_dict().items():
+        torch.testing.assert_close(pieces[1]["normalizer"][name], value, rtol=1e-12, atol=0)
+    for name in ("moments", "mean", "std"):
+        torch.testing.assert_close(
+            pieces[1]["popart"][name], getattr(popart, name), rtol=1e-12, atol=0
+        )
+
+
+@pytest.mark.parametrize(
+    "script, rule",
+    [
+        ("rat_continuous", "track"),
+        ("rat_procgen", "track"),
+        ("rat_procgen", "ppo"),
+    ],
+)
+def test_processes_stay_the_same_and_a_run_goes_on_with_fewer_or_more(script, rule, tmp_path):
+    """Networks, statistics, step size, g; only the first writes; a run of 2, 1, 2 processes."""
+    batch = {"rat_continuous": 64, "rat_procgen": 32}[script]
+    where = ["--output-dir", tmp_path, "--run-name", "run"]
+    arguments = [*SMALL[script], "--device", "cpu", *where, "--kaczmarz", rule]
+    launch(RANKS, script, *arguments, "--total-timesteps", 6 * batch)
+    first, second = found(tmp_path)
+    assert first.pop("seeds") != second.pop("seeds")
+    assert len(first["rates"]) == 3
+    assert equal(first, second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "run"]
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert equal(dict(saved["agent"]), dict(first["agent"]))
+
+    train(script, "--resume", *where, "--total-timesteps", 8 * batch)
+    steps = [2, 4, 6, 7, 8]
+    if script == "rat_continuous":
+        launch(RANKS, script, "--resume", *where, "--total-timesteps", 12 * batch)
+        first, second = found(tmp_path)
+        del first["seeds"], second["seeds"]
+        assert equal(first, second)
+        steps += [10, 12]
+    assert [int(row["global_step"]) // batch for row in read_csv(tmp_path / "run")] == steps
+
+
+def test_one_process_under_torchrun_is_a_plain_run(tmp_path):
+    arguments = [*SMALL["rat_continuous"], "--device", "cpu", "--output-dir", tmp_path]
+    arguments += ["--total-timesteps", 192]
+    launch(ROOT / "rat_continuous.py", *arguments, "--run-name", "torchrun", processes=1)
+    train("rat_continuous", *arguments, "--run-name", "plain")
+    runs = []
+    for name in ("torchrun", "plain"):
+        rows = read_csv(tmp_path / name)
+        runs.append([row | {"sps": 0, "wall_seconds": 0} for row in rows])
+    assert runs[0] == runs[1]
+
+
+def test_processes_with_different_arguments_are_refused(tmp_path):
+    line = f"exec {sys.executable} {ROOT / 'rat_continuous.py'} --env-id Hopper-v5 --device cpu "
+    line += f"--output-dir {tmp_path} --seed $((5 + RANK))"
+    errors = launch("bash", "-c", line, python=False, code=1)
+    assert "rat_continuous: torchrun's processes have different arguments" in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_process_ends_the_others(rank, tmp_path):
+    """At once, with a sentence; the checkpoint can be read and the run goes on."""
+    where = ["--output-dir", tmp_path, "--run-name", "run"]
+    arguments = [*SMALL["rat_continuous"], "--device", "cpu", *where]
+    # The process writes its id, so that the one to kill is known
+    line = f"echo $BASHPID > {tmp_path}/$RANK; exec {sys.executable} {ROOT / 'rat_continuous.py'} "
+    line += " ".join(map(str, arguments))
+    job = subprocess.Popen(
+        torchrun("bash", "-c", line, python=False),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, ended whatever happens
+    )
+    try:
+        while job.poll() is None and not (tmp_path / "run" / "progress.csv").exists():
+            time.sleep(0.1)
+        os.kill(int((tmp_path / str(rank)).read_text()), signal.SIGKILL)
+        started = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert time.monotonic() - started < 60 and job.returncode == 1
+    assert "SIGKILL" in errors
+    step = torch.load(tmp_path / "run" / "checkpoint.pt")["global_step"]
+    train("rat_continuous", "--resume", *where, "--total-timesteps", step + 64)
+    assert int(read_csv(tmp_path / "run")[-1]["global_step"]) == step + 64
