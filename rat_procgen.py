@@ -107,7 +107,7 @@ RULES = {  # --kaczmarz: the defaults of what depends on it
     "paper": (4, 0.05, 0.1, 0.0, 0.004),
     "release": (4, 0.05, 0.1, 1.0, 0.004),
     "off": (4, 0.05, 0.1, 0.0, 0.004),
-    "ppo": (3, 5e-4, 0.1, 0.0, 1.0),  # PPO's step instead, to compare: only the first two count
+    "ppo": (3, 5e-4, 0.1, 0.0, 0.004),  # PPO's step instead, to compare: only the first two count
 }
 
 
@@ -377,9 +377,7 @@ def collect(envs, agent, obs, num_steps):
         steps.append([reward, terminated])
     steps = torch.tensor(np.float32(steps), device=obs.device)  # [T, 2, N]
     rewards, terminated = steps.unbind(1)  # [T, N] each
-    return Rollout(
-        torch.stack(observations), torch.stack(actions), rewards, terminated, done=terminated
-    )
+    return Rollout(torch.stack(observations), torch.stack(actions), rewards, terminated, terminated)
 
 
 def gae(rollout, values, gamma, lam):
@@ -877,9 +875,8 @@ def main(args):
                     measured = ppo_step(actor, optimizer, block)
                 else:
                     direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
-                    with torch.no_grad():
-                        for p, g in direction.items():
-                            p.add_(g, alpha=learning_rate)
+                    for p, g in direction.items():
+                        p.data.add_(g, alpha=learning_rate)
                 measurements.append(measured)
 
         # Critic
@@ -901,8 +898,10 @@ def main(args):
         }
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        learning_rate = adapt_learning_rate(
-            learning_rate, metrics["losses/kl"], args.kl_low, largest
+        learning_rate = (
+            learning_rate
+            if ppo
+            else adapt_learning_rate(learning_rate, metrics["losses/kl"], args.kl_low, largest)
         )
         if RANK == 0:
             logger.write(global_step, metrics)

@@ -54,9 +54,10 @@ def make_update(method, args):
     def update():
         if method == "tape":
             scores = rat_procgen.tape_scores(actor, obs, actions)
+            direction = rat_procgen.kaczmarz_step(scores, y, ratio, 0.1, zeros)
         else:
             scores = rat_continuous.vmap_scores(actor, obs.float(), actions)
-        direction = rat_procgen.kaczmarz_step(scores, y, ratio, 0.1, zeros)
+            direction = rat_continuous.kaczmarz_step(scores, y, ratio, 0.1, zeros)
         for p, d in direction.items():
             p.add_(d, alpha=1e-6)
         if args.device == "cuda":

@@ -118,8 +118,10 @@ def test_run_folder_and_clean_output(script, tmp_path):
     tags = steps_in_events(folder)
     assert {"charts/episodic_return", "charts/SPS", "losses/value_loss", "losses/kl"} <= set(tags)
     assert set(map(tuple, tags.values())) == {tuple(range(64, 641, 64))}
-    assert result.stdout.count("\n") == 1
-    assert "episodic_return" in result.stdout
+    last = rows[-1]
+    said = f"640 steps: return {float(last['episodic_return']):.1f}, KL {float(last['kl']):.4f}"
+    assert result.stdout.count("\n") == 10
+    assert result.stdout.splitlines()[-1] == said
     assert result.stderr == ""
 
 
@@ -238,7 +240,6 @@ def test_a_resumed_csv_is_cut_where_the_checkpoint_ends(tmp_path):
     logger = rat.Logger(args, 0, 0)
     logger.write(64, {"losses/kl": 0.5, "charts/episodic_return": 1.0})
     assert logger.csv.tell() == path.stat().st_size
-    logger.close()
     assert path.read_text() == "global_step,kl,episodic_return\n64,0.5,1.0\n"
 
 
@@ -442,20 +443,22 @@ def test_discrete_actions_run_or_are_refused(script, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_network_that_is_refused_leaves_no_folder(tmp_path, monkeypatch, capsys):
+def test_a_network_that_the_tape_refuses_goes_on_with_vmap(tmp_path, monkeypatch, capsys):
     rat = importlib.import_module("rat_continuous")
 
     def normed(obs_dim, head, hidden):
         return nn.Sequential(nn.Linear(obs_dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), head)
 
     monkeypatch.setattr(rat, "mlp", normed)
-    where = ["--total-timesteps", 64, "--output-dir", tmp_path / "runs"]
-    said = refused(capsys, "rat_continuous", *SMALL, *where)
+    where = ["--total-timesteps", 64, "--output-dir", tmp_path, "--run-name", "vmap"]
+    with pytest.raises(SystemExit) as stopped:
+        train("rat_continuous", *SMALL, *where)
+    said = sentence(capsys.readouterr().err)
+    assert stopped.value.code == 1
     assert "LayerNorm" in said
     assert "--jacobian vmap" in said
-    assert not (tmp_path / "runs").exists()
-    train("rat_continuous", *SMALL, *where, "--jacobian", "vmap", "--run-name", "vmap")
-    assert rows_of(tmp_path / "runs" / "vmap") == 1
+    train("rat_continuous", *where, "--resume", "--jacobian", "vmap")
+    assert rows_of(tmp_path / "vmap") == 1
 
 
 @every_script
