@@ -16,11 +16,14 @@ RANK = int(os.environ["RANK"])
 
 
 def pieces(rat, folder):
-    """Directions of a block, statistics and means; every process has as many rows as it likes."""
+    """The run's name, directions of a block, statistics; each process has rows of its own."""
+    args = rat.Args(device="cpu")
+    rat.connect(args)
     actor, block, data = kaczmarz_block(seed=3)  # the same actor
     rows = torch.arange(RANK, 120, 2 + RANK)  # 60 and 40 rows
     block = rat.Samples(*(column[rows] for column in block))
     found = {"actor": actor.state_dict(), "block": [column[rows] for column in data]}
+    found["run_name"] = args.run_name
     found["previous"] = {p: torch.ones_like(p) / 50 for p in actor.parameters()}
     for rule in ("track", "paper", "release", "off"):
         args = rat.Args(kaczmarz=rule)
@@ -69,9 +72,7 @@ def train(script):
 
 if __name__ == "__main__":
     if sys.argv[1] == "pieces":
-        rat = importlib.import_module("rat_continuous")
-        rat.connect(rat.Args(device="cpu"))
-        pieces(rat, sys.argv[2])
+        pieces(importlib.import_module("rat_continuous"), sys.argv[2])
     else:
         script = sys.argv.pop(1)
         train(script)

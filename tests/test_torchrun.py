@@ -67,6 +67,11 @@ def pieces(tmp_path_factory):
     return found(folder)
 
 
+def test_a_run_without_a_name_has_one(pieces):
+    """The default has the time in it, which differs by process."""
+    assert pieces[0]["run_name"] == pieces[1]["run_name"]
+
+
 @pytest.mark.parametrize("rule", ["track", "paper", "release", "off"])
 def test_a_direction_is_the_mean_of_the_processes_directions(pieces, rule):
     """By the float64 formulas of test_direction.py, each process with rows of its own."""
