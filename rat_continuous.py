@@ -60,7 +60,7 @@ class Args:
 
     env_id: str = "HalfCheetah-v5"  # Gymnasium id: flat Box observations, bounded Box actions
     total_timesteps: int = 1_000_000  # environment steps of all environments, in whole rollouts
-    num_envs: int = 32  # environments stepped side by side
+    num_envs: int = 32  # environments stepped side by side, by each process
     num_steps: int = 64  # steps of each environment in one rollout
     vectorization: Literal["sync", "envpool"] = "sync"  # one after the other, or EnvPool's threads
     kaczmarz: Literal["track", "paper", "release", "off"] = "track"  # the update, see RULES
@@ -314,7 +314,7 @@ def connect(args):
         return
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if gathered(sys.argv) != [sys.argv] * WORLD_SIZE:
         fail("torchrun's processes have different arguments: give all nodes the same.")
     args.run_name = gathered(args.run_name)[0]
@@ -485,7 +485,7 @@ def load_checkpoint(args):
     """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
     path = run_folder(args) / "checkpoint.pt"
     try:
-        saved = torch.load(path, map_location=args.device, weights_only=True)
+        saved = torch.load(path, map_location=args.device)  # runs no code: only weights
         if saved["algorithm"] != ALGORITHM:
             raise ValueError(
                 f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
@@ -536,8 +536,8 @@ class Logger:
         self.events.flush()
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv, flush=True)
-        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
+        print(*row.values(), sep=",", file=self.csv)
+        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
 
 
 @contextmanager
@@ -766,7 +766,9 @@ def main(args):
     envs, obs = make_envs(args, seed_generators(args, global_step + RANK))
     obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
     done = obs.new_zeros(len(obs))
-    agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space)
+    agent.load_state_dict(gathered(agent.state_dict())[0])  # those of the first process
+    agent.to(args.device)
     actor, critic = agent.policy, agent.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     previous = zeros(actor)  # g_{j-1}
@@ -776,7 +778,6 @@ def main(args):
         agent.load_state_dict(saved["agent"])
         previous = dict(zip(previous, saved["previous"]))
         optimizer.load_state_dict(saved["optimizer"])
-    agent.load_state_dict(gathered(agent.state_dict())[0])
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -810,9 +811,8 @@ def main(args):
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
                 direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
-                with torch.no_grad():
-                    for p, g in direction.items():
-                        p.add_(g, alpha=learning_rate)
+                for p, g in direction.items():
+                    p.data.add_(g, alpha=learning_rate)
                 measurements.append(measured)
 
         # Critic

@@ -62,7 +62,7 @@ class Args:
 
     env_id: str = "starpilot"  # one of Procgen's 16 games
     total_timesteps: int = 25_000_000  # environment steps of all environments, in whole rollouts
-    num_envs: int = 64  # environments stepped side by side
+    num_envs: int = 64  # environments stepped side by side, by each process
     num_steps: int = 256  # steps of each environment in one rollout
     distribution_mode: Literal["easy", "hard"] = "easy"  # the difficulties that every game has
     num_levels: int = 200  # training levels, 0: all there are
@@ -140,7 +140,7 @@ class Procgen(gym.vector.VectorEnv):
             num_levels=args.eval_levels if unseen else args.num_levels,
             start_level=args.start_level + unseen * args.num_levels,
             rand_seed=seed % 2**31,
-            num_threads=min(4, torch.get_num_threads()),
+            num_threads=torch.get_num_threads(),
             render_mode=render_mode,
         )
 
@@ -328,7 +328,7 @@ def connect(args):
         return
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     if gathered(sys.argv) != [sys.argv] * WORLD_SIZE:
         fail("torchrun's processes have different arguments: give all nodes the same.")
     args.run_name = gathered(args.run_name)[0]
@@ -503,7 +503,7 @@ def load_checkpoint(args):
     """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
     path = run_folder(args) / "checkpoint.pt"
     try:
-        saved = torch.load(path, map_location=args.device, weights_only=True)
+        saved = torch.load(path, map_location=args.device)  # runs no code: only weights
         if saved["algorithm"] != ALGORITHM:
             raise ValueError(
                 f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
@@ -554,8 +554,8 @@ class Logger:
         self.events.flush()
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv, flush=True)
-        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
+        print(*row.values(), sep=",", file=self.csv)
+        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
 
 
 @contextmanager
@@ -819,7 +819,9 @@ def main(args):
     obs = torch.tensor(envs.reset()[0], device=args.device)  # [N, 64, 64, 3]
     agent = Agent(
         envs.single_observation_space, envs.single_action_space, args.channels, args.hidden
-    ).to(args.device)
+    )
+    agent.load_state_dict(gathered(agent.state_dict())[0])  # those of the first process
+    agent.to(args.device)
     actor, critic = agent.policy, agent.critic
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     ppo = args.kaczmarz == "ppo"
@@ -836,7 +838,6 @@ def main(args):
         previous = dict(zip(previous, saved["previous"]))
         optimizer.load_state_dict(saved["optimizer"])
         vars(scaled.return_rms).update(saved["reward_statistics"])
-    agent.load_state_dict(gathered(agent.state_dict())[0])
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""

