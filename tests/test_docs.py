@@ -52,6 +52,7 @@ def evaluations(step="999424"):
         ("kaczmarz", ["--every-seed"]),
         ("track", ["--every-seed"]),
         ("ablation", ["--every-seed"]),
+        ("processes", ["--every-seed"]),
     ],
 )
 def test_tables_of_returns(folder, options, capsys):
