@@ -753,7 +753,10 @@ def kaczmarz_direction(args, actor, block, previous):
     paper:   g_j of (3), clipped only when applied, (4); remembered within a rollout.
     release: d_j = clip(increment for y + H d_{j-1}), remembered across rollouts: the published
              code's rule. Against (3) the sign of H d is flipped, increments do not accumulate.
-    off:     the increment for y, (1) on every block; nothing is remembered."""
+    off:     the increment for y, (1) on every block; nothing is remembered.
+
+    Over torchrun's processes, each with a block of its own, the mean squared score, g_j and its
+    norm are means: averaged block Kaczmarz (Necoara 2019, arXiv:1902.09946)."""
     y = normalized(block.advantages)
     log_ratio = actor(block.obs).log_prob(block.actions) - block.log_prob
     ratio = log_ratio.exp().clamp(0.1, 10)  # w
