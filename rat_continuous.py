@@ -720,10 +720,7 @@ def kaczmarz_direction(args, actor, block, previous):
     paper:   g_j of (3), clipped only when applied, (4); remembered within a rollout.
     release: d_j = clip(increment for y + H d_{j-1}), remembered across rollouts: the published
              code's rule. Against (3) the sign of H d is flipped, increments do not accumulate.
-    off:     the increment for y, (1) on every block; nothing is remembered.
-
-    Over torchrun's processes, each with a block of its own, the mean squared score, g_j and its
-    norm are means: averaged block Kaczmarz (Necoara 2019, arXiv:1902.09946)."""
+    off:     the increment for y, (1) on every block; nothing is remembered."""
     y = normalized(block.advantages)
     log_ratio = actor(block.obs).log_prob(block.actions) - block.log_prob
     ratio = log_ratio.exp().clamp(0.1, 10)  # w
@@ -734,7 +731,7 @@ def kaczmarz_direction(args, actor, block, previous):
     damping = args.damping * (trace if track else 1)
     predicted = product(scores, previous)  # H g_{j-1}, [B]
     direction = kaczmarz_step(scores, y - predicted, ratio, damping, previous)
-    average(direction.values())
+    average(direction.values())  # averaged block Kaczmarz (Necoara 2019, arXiv:1902.09946)
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
     fisher_norm = (ratio * product(scores, direction).square()).mean().sqrt()
