@@ -125,6 +125,19 @@ def test_run_folder_and_clean_output(script, tmp_path):
     assert result.stderr == ""
 
 
+def test_the_last_line_of_a_log_says_why_a_run_broke_down(tmp_path):
+    """Though stdout to a file is buffered: benchmark.sh reports that line."""
+    log = tmp_path / "log"
+    words = command("rat_continuous", *small("rat_continuous"), "--total-timesteps", 640)
+    words += ["--env-id", "toy_envs:Boom-v0", "--output-dir", str(tmp_path)]
+    variables = {k: v for k, v in environment().items() if k != "PYTHONUNBUFFERED"}
+    with open(log, "w") as file:
+        subprocess.run(words, env=variables, stdout=file, stderr=file, timeout=300)
+    lines = log.read_text().splitlines()
+    assert "steps: return" in lines[0]
+    assert "simulator exploded" in lines[-1]
+
+
 @every_script
 def test_same_seed_same_csv(script, tmp_path):
     rows = []

@@ -1,5 +1,6 @@
 """Several processes under torchrun: the same run on all, averaged as equations say."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -167,6 +168,20 @@ def test_processes_with_different_arguments_are_refused(tmp_path):
     errors = launch("bash", "-c", line, python=False, code=1)
     assert "rat_continuous: torchrun's processes have different arguments" in errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["rat_continuous", "rat_procgen"])
+def test_a_process_takes_the_gpu_of_its_local_rank(script, monkeypatch):
+    module = importlib.import_module(script)
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(module, "WORLD_SIZE", 2)
+    monkeypatch.setattr(module, "gathered", lambda value: [value, value])
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(module.dist, "init_process_group", asked.append)
+    module.connect(module.Args(device="cuda"))
+    module.connect(module.Args(device="cpu"))
+    assert asked == [1, "nccl", "gloo"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
