@@ -545,6 +545,7 @@ def test_a_rollouts_blocks_are_kaczmarz_steps(kaczmarz, tmp_path, monkeypatch):
 
     paper: a rollout starts from zero, and steps are eta min(1, nu/|g|) g."""
     more = ["--memory", 0.6] if kaczmarz == "track" else ["--max-grad-norm", 0.3]
+    more += ["--num-steps", 16, "--total-timesteps", 128]  # score_matrix is slow here
     recordings, rows = record(tmp_path, monkeypatch, kaczmarz, *more)
     last = torch.zeros(1)
     for recording, row in zip(recordings, rows, strict=True):
