@@ -109,6 +109,18 @@ def test_tables_over_3M_steps():
         assert cells == wanted, name
 
 
+def test_the_table_of_falls():
+    with open(RESULTS / "falls.csv", newline="") as file:
+        told = {(row["run"], row["global_step"]): row for row in csv.DictReader(file)}
+    (((_, *seeds), *rows),) = tables("Hopper-v4, after 1M → 3M steps")
+    columns = [("discounted_return", 1, ".0f"), ("reward", 1, ".2f"), ("fall", 1000, ".2f")]
+    for (_, *cells), (name, factor, form) in zip(rows, columns, strict=True):
+        for seed, cell in zip(seeds, cells, strict=True):
+            run = f"Hopper-v4__rat__{seed.split()[1]}"
+            values = [float(told[run, step][name]) * factor for step in ("999424", "2998272")]
+            assert cell == " → ".join(format(value, form) for value in values), (name, seed)
+
+
 NOISE = {  # rows of the table of runs whose advantages are noise, and their files
     "paper's rule": "Hopper-v4__defaults__",
     "the same, `--update-epochs 1 --learning-rate 0.3`": "Hopper-v4__epochs1_lr__",
