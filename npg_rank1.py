@@ -399,7 +399,7 @@ def rollout_metrics(agent, old_policy, samples):
         "losses/kl": kl_divergence(old_policy, policy).mean(),
         "losses/entropy": policy.entropy().mean(),
         "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
-        "losses/advantage_rms": samples.advantages.std(correction=0),
+        "losses/advantage_rms": samples.advantages.std(),
     }
 
 

@@ -70,6 +70,7 @@ class Args:
     damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
     memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
     kl_low: float | None = None  # nats; the KL of a rollout is kept between it and four times it
+    kl_steps: int = 1_000_000  # track: environment steps after which kl_low falls as 1/t
     learning_rate: float = 0.05  # first actor step size, and the largest except with track
     max_grad_norm: float = 0.5  # l2 bound nu of (4); track has none
     critic_epochs: int = 10  # critic passes over the rollout
@@ -454,7 +455,7 @@ def rollout_metrics(agent, old_policy, samples):
         "losses/kl": kl_divergence(old_policy, policy).mean(),
         "losses/entropy": policy.entropy().mean(),
         "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
-        "losses/advantage_rms": samples.advantages.std(correction=0),
+        "losses/advantage_rms": samples.advantages.std(),
     }
 
 
@@ -729,8 +730,7 @@ def kaczmarz_direction(args, actor, block, previous):
     average([trace])
     track = args.kaczmarz == "track"
     damping = args.damping * (trace if track else 1)
-    predicted = product(scores, previous)  # H g_{j-1}, [B]
-    direction = kaczmarz_step(scores, y - predicted, ratio, damping, previous)
+    direction = kaczmarz_step(scores, y - product(scores, previous), ratio, damping, previous)
     average(direction.values())  # averaged block Kaczmarz (Necoara 2019, arXiv:1902.09946)
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
@@ -747,7 +747,6 @@ def kaczmarz_direction(args, actor, block, previous):
         "rat/damping": damping,
         "rat/relative_damping": damping / trace,
         "rat/fisher_norm": fisher_norm,
-        "rat/agreement": (y * normalized(predicted)).mean(),
     }
     return scale(direction, factor), scale(direction, share), metrics
 
@@ -828,10 +827,12 @@ def main(args):
             for name in measurements[0]
         }
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
-        largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        learning_rate = adapt_learning_rate(
-            learning_rate, metrics["losses/kl"], args.kl_low, largest
-        )
+        low = args.kl_low
+        largest = args.learning_rate
+        if args.kaczmarz == "track":
+            low *= min(1, args.kl_steps / global_step)
+            largest = np.inf
+        learning_rate = adapt_learning_rate(learning_rate, metrics["losses/kl"], low, largest)
         if RANK == 0:
             logger.write(global_step, metrics)
             save()

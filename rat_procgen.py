@@ -472,7 +472,7 @@ def rollout_metrics(agent, old_policy, samples):
         "losses/kl": kl_divergence(old_policy, policy).mean(),
         "losses/entropy": policy.entropy().mean(),
         "losses/explained_variance": 1 - samples.advantages.var() / variance.clamp(min=1e-12),
-        "losses/advantage_rms": samples.advantages.std(correction=0),
+        "losses/advantage_rms": samples.advantages.std(),
     }
 
 
@@ -762,8 +762,7 @@ def kaczmarz_direction(args, actor, block, previous):
     average([trace])
     track = args.kaczmarz == "track"
     damping = args.damping * (trace if track else 1)
-    predicted = product(scores, previous)  # H g_{j-1}, [B]
-    direction = kaczmarz_step(scores, y - predicted, ratio, damping, previous)
+    direction = kaczmarz_step(scores, y - product(scores, previous), ratio, damping, previous)
     average(direction.values())  # averaged block Kaczmarz (Necoara 2019, arXiv:1902.09946)
     if args.kaczmarz == "release":
         direction = {p: g - previous[p] for p, g in direction.items()}  # the increment
@@ -780,7 +779,6 @@ def kaczmarz_direction(args, actor, block, previous):
         "rat/damping": damping,
         "rat/relative_damping": damping / trace,
         "rat/fisher_norm": fisher_norm,
-        "rat/agreement": (y * normalized(predicted)).mean(),
     }
     return scale(direction, factor), scale(direction, share), metrics
 

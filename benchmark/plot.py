@@ -78,7 +78,6 @@ KEPT = [  # columns of a thinned run
     "damping",
     "relative_damping",
     "fisher_norm",
-    "agreement",
     "direction_norm",
     "cg_residual",
     "eval_return",

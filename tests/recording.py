@@ -194,7 +194,7 @@ def check_statistics(iterations, expected):
         variance = (wanted.returns * wanted.std).var(ddof=1)
         explained = 1 - wanted.advantages.var(ddof=1) / variance
         np.testing.assert_allclose(row["explained_variance"], explained, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(row["advantage_rms"], wanted.advantages.std(), rtol=1e-3)
+        np.testing.assert_allclose(row["advantage_rms"], wanted.advantages.std(ddof=1), rtol=1e-3)
         kl = kl_divergence(iteration.policy, iteration.trained, wanted.obs)
         np.testing.assert_allclose(row["kl"], kl, rtol=2e-2, atol=1e-6)
         _, std = gaussian(iteration.trained, wanted.obs)
