@@ -109,6 +109,19 @@ def test_tables_over_3M_steps():
         assert cells == wanted, name
 
 
+def test_the_table_of_long_runs():
+    (((_, *heads), *rows),) = tables(r"\S = 0\.999 \|")
+    assert len(rows) == len(list((RESULTS / "long").iterdir()))
+    for name, *cells in rows:
+        env, band, seed = re.match(r"(\S+), (\w+), seed (\d+)", name).groups()
+        columns = column("long", f"{env}__{band}__{seed}", "global_step", "episodic_return")
+        step, returns = (values[columns[1] == columns[1]] for values in columns)  # nan: a resume
+        wanted = [returns[step <= float(head[:-1]) * 1e6][-1] for head in heads[:4]]
+        wanted += [returns.max(), returns[step > 3.5e6].min(), returns[-1]]
+        ratio = f"{returns[-1] / returns.max():.2f}"
+        assert cells == [*(f"{value:.0f}" for value in wanted), ratio], name
+
+
 def test_the_table_of_falls():
     with open(RESULTS / "falls.csv", newline="") as file:
         told = {(row["run"], row["global_step"]): row for row in csv.DictReader(file)}
