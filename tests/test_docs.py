@@ -49,6 +49,7 @@ def evaluations(step="999424"):
     ("folder", "options"),
     [
         ("paper", []),
+        ("baselines", []),
         ("kaczmarz", ["--every-seed"]),
         ("track", ["--every-seed"]),
         ("ablation", ["--every-seed"]),
@@ -58,6 +59,14 @@ def evaluations(step="999424"):
 def test_tables_of_returns(folder, options, capsys):
     out = printed(capsys, *options, str(RESULTS / folder))
     assert out.split("\n| paper's RAT")[0] in TEXTS
+
+
+def test_tables_of_ppo_with_the_small_critic(capsys):
+    others = (RESULTS / "track").glob("*__1[123].csv")
+    runs = [str(path) for path in sorted(others) if "__rat_shared__" not in path.name]
+    out = printed(capsys, "--every-seed", str(RESULTS / "critic"), *runs)
+    assert out.split("\n| paper's RAT")[0] in TEXTS
+    assert out.split("| interquartile mean")[1].split("\n\n")[0] in TEXTS
 
 
 def test_interquartile_means(capsys):
