@@ -23,9 +23,7 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
 SMALL += ["--critic-minibatches", 4]  # 64-step iterations
 LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
-    "rat_shared": ["--num-steps", 32],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
-    "npg_rank1": ["--total-timesteps", 45_000],
     "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3],
     "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4],
 }
@@ -78,9 +76,9 @@ def sentence(text):
 
 @every_script
 def test_learns_inverted_pendulum(script, tmp_path):
-    """Within 60k steps; five seeds of all such tests reached 189 to 544, without learning 5."""
-    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 60_000, "--num-envs", 8]
-    assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 150
+    """Three seeds of all such tests reached 151 to 266, without learning 5."""
+    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 30_000, "--num-envs", 8]
+    assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 100
 
 
 def test_learns_as_well_where_observations_have_an_offset(tmp_path):
