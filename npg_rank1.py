@@ -48,6 +48,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the update
+torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
 
 
 @dataclass

@@ -52,8 +52,8 @@ ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another
 RANK = int(os.getenv("RANK", 0))  # of this process; torchrun sets both
 WORLD_SIZE = int(os.getenv("WORLD_SIZE", 1))  # processes
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
-torch.set_float32_matmul_precision("highest")  # TF32 would round the kernel's products to 10 bits
-torch.backends.cudnn.allow_tf32 = False  # and so would cuDNN the scores: its default is TF32
+torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
+torch.backends.cudnn.allow_tf32 = False  # by default cuDNN would round scores to 10 bits
 
 
 @dataclass
@@ -676,7 +676,7 @@ def tape_scores(actor, obs, actions):
 
 
 def kernel(scores):
-    """H H^T [B, B], (5)."""
+    """H H^T [B, B], (5). With TF32, off by default, its products would have 10 bits."""
     return sum((s.grad_out @ s.grad_out.T) * (s.x @ s.x.T) for s in scores)
 
 

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +16,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, checkpoint, command, environment, learn, read_csv, run, same, train
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    checkpoint,
+    command,
+    environment,
+    learn,
+    read_csv,
+    run,
+    same,
+    train,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -97,6 +109,13 @@ def test_trains_where_all_observations_are_the_same(script, tmp_path):
     arguments = [*small(script), "--env-id", "toy_envs:Constant-v0", "--total-timesteps", 1280]
     train(script, *arguments, "--output-dir", tmp_path, "--run-name", "x")
     assert rows_of(tmp_path / "x") == 20
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS, "rat_procgen"} - {"rat_shared"}))
+def test_denormals_are_flushed_where_adam_trains(script):
+    torch.set_flush_denormal(False)
+    runpy.run_path(str(ROOT / f"{script}.py"))
+    assert torch.tensor([1e-39]).mul(1).count_nonzero() == 0
 
 
 @every_script
