@@ -48,7 +48,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the step
-torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
 
 
 @dataclass
@@ -702,6 +701,7 @@ def main(args):
         args.inverse_update_period,
         args.ekfac,
     )
+    torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     if saved:
         started -= saved["wall_seconds"]

@@ -48,7 +48,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the update
-torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
 
 
 @dataclass
@@ -572,6 +571,7 @@ def main(args):
     done = obs.new_zeros(len(obs))
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
     actor, critic = agent.policy, agent.critic
+    torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     if saved:
         started -= saved["wall_seconds"]

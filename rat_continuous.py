@@ -51,7 +51,6 @@ ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another
 RANK = int(os.getenv("RANK", 0))  # of this process; torchrun sets both
 WORLD_SIZE = int(os.getenv("WORLD_SIZE", 1))  # processes
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
-torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
 
 
 @dataclass
@@ -769,6 +768,7 @@ def main(args):
     agent.load_state_dict(gathered(agent.state_dict())[0])  # those of the first process
     agent.to(args.device)
     actor, critic = agent.policy, agent.critic
+    torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     previous = zeros(actor)  # g_{j-1}
     if saved:

@@ -52,7 +52,6 @@ ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another
 RANK = int(os.getenv("RANK", 0))  # of this process; torchrun sets both
 WORLD_SIZE = int(os.getenv("WORLD_SIZE", 1))  # processes
 Distribution.set_default_validate_args(False)  # values that are not finite are found in the solve
-torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
 torch.backends.cudnn.allow_tf32 = False  # by default cuDNN would round scores to 10 bits
 
 
@@ -821,6 +820,7 @@ def main(args):
     agent.load_state_dict(gathered(agent.state_dict())[0])  # those of the first process
     agent.to(args.device)
     actor, critic = agent.policy, agent.critic
+    torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
     optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
     ppo = args.kaczmarz == "ppo"
     # No gradient of the actor is ever left for it but ppo's

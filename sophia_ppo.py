@@ -49,7 +49,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 ALGORITHM = Path(__file__).stem  # names runs; a copy of this file under another name is a fork
 Distribution.set_default_validate_args(False)  # values that are not finite are found by the Logger
-torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to denormals: slow on CPUs
 TUNED = ("learning_rate", "update_epochs", "num_minibatches")
 DEFAULTS = {"adam": (3e-4, 10, 16), "sophia": (1e-4, 10, 16), "diag": (0.05, 4, 4)}  # of TUNED
 
@@ -686,6 +685,7 @@ def main(args):
     agent.to(args.device)
     actor, critic = agent.actor, agent.critic
     optimizer = OPTIMIZERS[args.optimizer](actor.parameters(), lr=args.learning_rate)
+    torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
     critic_optimizer = torch.optim.Adam(
         critic.parameters(), lr=args.critic_learning_rate, fused=True
     )
