@@ -23,8 +23,10 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
 SMALL += ["--critic-epochs", 2, "--critic-minibatches", 4]  # 64-step iterations
 LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
+    "rat_continuous": ["--critic-minibatches", 8],
+    "npg_rank1": ["--critic-minibatches", 8],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
-    "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3],
+    "sophia_ppo": ["--critic-minibatches", 8, "--num-minibatches", 8, "--learning-rate", 1e-3],
     "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4],
 }
 LEARNS["acktr"] += ["--inverse-update-period", 10]
