@@ -96,7 +96,7 @@ def test_learns_as_well_where_observations_have_an_offset(tmp_path):
 
 @every_script
 def test_trains_where_all_observations_are_the_same(script, tmp_path):
-    """Then most units never get a gradient; Adam's denormals would be slow."""
+    """Denormals are flushed then: Adam's would be slow."""
     torch.set_flush_denormal(False)
     arguments = [*small(script), "--env-id", "toy_envs:Constant-v0", "--total-timesteps", 1280]
     train(script, *arguments, "--output-dir", tmp_path, "--run-name", "x")
