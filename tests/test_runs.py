@@ -27,7 +27,8 @@ LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "npg_rank1": ["--critic-minibatches", 8],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "sophia_ppo": ["--critic-minibatches", 8, "--num-minibatches", 8, "--learning-rate", 1e-3],
-    "acktr": ["--total-timesteps", 40_000, "--update-epochs", 2, "--num-minibatches", 4],
+    "rat_shared": ["--total-timesteps", 30_000],
+    "acktr": ["--total-timesteps", 30_000, "--update-epochs", 2, "--num-minibatches", 4],
 }
 LEARNS["acktr"] += ["--inverse-update-period", 10]
 SETTINGS = [  # that no other test has
@@ -78,9 +79,9 @@ def sentence(text):
 
 @every_script
 def test_learns_inverted_pendulum(script, tmp_path):
-    """Seeds 1 to 3 of all such tests reached 161 to 266, without learning 5."""
-    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 30_000, "--num-envs", 8]
-    assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 100
+    """Seeds 1 to 3 of all such tests reached 95 to 231, without learning 5."""
+    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 20_000, "--num-envs", 8]
+    assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 60
 
 
 def test_learns_as_well_where_observations_have_an_offset(tmp_path):
@@ -89,6 +90,7 @@ def test_learns_as_well_where_observations_have_an_offset(tmp_path):
     for name in ("Near", "Far"):
         arguments = ["--env-id", f"toy_envs:{name}-v0", "--total-timesteps", 8_000]
         arguments += ["--num-envs", 8, "--num-steps", 32, "--learning-rate", 0.2]
+        arguments += ["--critic-minibatches", 8]
         returns[name] = learn(tmp_path / name, "rat_continuous", *arguments)
     assert returns["Near"] > -4
     assert returns["Far"] > -4
