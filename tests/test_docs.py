@@ -49,7 +49,6 @@ def evaluations(step="999424"):
     ("folder", "options"),
     [
         ("paper", []),
-        ("baselines", []),
         ("kaczmarz", ["--every-seed"]),
         ("track", ["--every-seed"]),
         ("ablation", ["--every-seed"]),
@@ -67,6 +66,12 @@ def test_tables_of_ppo_with_the_small_critic(capsys):
     out = printed(capsys, "--every-seed", str(RESULTS / "critic"), *runs)
     assert out.split("\n| paper's RAT")[0] in TEXTS
     assert out.split("| interquartile mean")[1].split("\n\n")[0] in TEXTS
+
+
+def test_the_table_of_all_methods_with_one_critic(capsys):
+    runs = map(str, sorted((RESULTS / "track").glob("*__11.csv")))
+    out = printed(capsys, str(RESULTS / "baselines"), *runs)
+    assert out.split("\n| paper's RAT")[0] in TEXTS
 
 
 def test_interquartile_means(capsys):
