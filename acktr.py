@@ -67,9 +67,9 @@ class Args:
     damping: float = 0.01  # added to the eigenvalues of a layer's Fisher block, > 0
     kl_clip: float = 1e-3  # kappa of (11), twice the KL that the factors predict for a step
     inverse_update_period: int = 10  # updates between eigendecompositions of the factors
-    critic_epochs: int = 10  # critic passes over the rollout
-    critic_minibatches: int = 16  # critic minibatches in a pass
-    critic_learning_rate: float = 3e-4  # Adam step size of the critic
+    critic_epochs: int = 4  # critic passes over the rollout
+    critic_minibatches: int = 8  # critic minibatches in a pass
+    critic_learning_rate: float = 1e-3  # Adam step size of the critic
     critic_max_grad_norm: float = 5.0  # l2 bound on the critic's gradient
     gamma: float = 0.99  # discount, in (0, 1]
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation, in (0, 1]

@@ -54,9 +54,11 @@ def train(script, *arguments):
 
 
 def learn(folder, script, *arguments):
-    """Mean return of the last 100 training episodes.
+    """Mean return of the last 100 training episodes, with the published critic: it is the fastest.
 
     Seeds and CPUs agree on it, not on the last policy's return."""
+    critic = ["--critic-epochs", 4, "--critic-minibatches", 8, "--critic-learning-rate", 1e-3]
+    arguments = [*([] if script == "rat_shared" else critic), *arguments]
     train(script, "--device", "cpu", *arguments, "--output-dir", folder, "--run-name", "learn")
     return float(read_csv(folder / "learn")[-1]["episodic_return"])
 

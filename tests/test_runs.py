@@ -23,10 +23,8 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 SMALL = ["--env-id", "InvertedPendulum-v5", "--num-envs", 4, "--num-steps", 16, "--device", "cpu"]
 SMALL += ["--critic-epochs", 2, "--critic-minibatches", 4]  # 64-step iterations
 LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
-    "rat_continuous": ["--critic-minibatches", 8],
-    "npg_rank1": ["--critic-minibatches", 8],
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
-    "sophia_ppo": ["--critic-minibatches", 8, "--num-minibatches", 8, "--learning-rate", 1e-3],
+    "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3],
     "rat_shared": ["--total-timesteps", 30_000],
     "acktr": ["--total-timesteps", 30_000, "--update-epochs", 2, "--num-minibatches", 4],
 }
@@ -79,7 +77,7 @@ def sentence(text):
 
 @every_script
 def test_learns_inverted_pendulum(script, tmp_path):
-    """Seeds 1 to 3 of all such tests reached 95 to 231, without learning 5."""
+    """Seeds 1 to 3 of all such tests reached 95 to 244, without learning 5."""
     arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 20_000, "--num-envs", 8]
     assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 60
 
@@ -90,7 +88,6 @@ def test_learns_as_well_where_observations_have_an_offset(tmp_path):
     for name in ("Near", "Far"):
         arguments = ["--env-id", f"toy_envs:{name}-v0", "--total-timesteps", 8_000]
         arguments += ["--num-envs", 8, "--num-steps", 32, "--learning-rate", 0.2]
-        arguments += ["--critic-minibatches", 8]
         returns[name] = learn(tmp_path / name, "rat_continuous", *arguments)
     assert returns["Near"] > -4
     assert returns["Far"] > -4
