@@ -54,7 +54,7 @@ def train(script, *arguments):
 
 
 def learn(folder, script, *arguments):
-    """Mean return of the last 100 training episodes, with the published critic: it is the fastest.
+    """Mean return of the last 100 training episodes, with the critic that takes least time.
 
     Seeds and CPUs agree on it, not on the last policy's return."""
     critic = ["--critic-epochs", 4, "--critic-minibatches", 8, "--critic-learning-rate", 1e-3]

@@ -1,6 +1,7 @@
 """The numbers in README and docs are those of the committed CSV files."""
 
 import csv
+import importlib
 import re
 import subprocess
 import sys
@@ -271,6 +272,14 @@ def test_tables_of_the_search():
                 if env not in ("options", "steps"):
                     assert set(re.findall(r"\d+", cell)) <= known, (name, env)
     assert seen == set((RESULTS / "tuning_track").iterdir())  # each run is quoted
+
+
+@pytest.mark.parametrize("script", ["rat_continuous", "npg_cg", "npg_rank1", "sophia_ppo", "acktr"])
+def test_all_have_the_large_critic_but_acktr(script):
+    """As tuning.md says."""
+    args = importlib.import_module(script).Args()
+    critic = args.critic_epochs, args.critic_minibatches, args.critic_learning_rate
+    assert critic == ((4, 8, 1e-3) if script == "acktr" else (10, 16, 3e-4))
 
 
 @pytest.mark.parametrize(("name", "changed"), [("absolute_damping", 1), ("l2_clip", 2)])
