@@ -1,7 +1,7 @@
 """Milliseconds and peak extra memory of one update of every method, interleaved in one run.
 
 Run: python benchmark/update_speed.py --csv benchmark/results/update_speed.csv
-     --quick: one repeat, small blocks; --device cuda: on a GPU
+     --quick: one repeat, small blocks, one network; --device cuda: on a GPU
 """
 
 import csv
@@ -51,7 +51,7 @@ class Args:
     repeats: int = 11  # timed updates of each method and network, after two that are not counted
     device: Literal["cpu", "cuda"] = "cpu"  # of the networks
     csv: Path | None = None  # file to write, which plot.py --speed draws
-    quick: bool = False  # one repeat with blocks of 64: to see that it runs
+    quick: bool = False  # one repeat, blocks of 64, the smallest network: to see that it runs
 
 
 class Problem(NamedTuple):
@@ -242,10 +242,10 @@ def make_update(name, network, samples, device):
     return timed
 
 
-def milliseconds(samples, device, warm_up, repeats):
+def milliseconds(networks, samples, device, warm_up, repeats):
     """(name, network) to the median time of its updates; methods take turns."""
     medians = {}
-    for network in NETWORKS:
+    for network in networks:
         updates = {name: make_update(name, network, samples, device) for name in METHODS}
         times = {name: [] for name in METHODS}
         for _ in range(warm_up + repeats):
@@ -285,9 +285,9 @@ def peak_memory(name, network, samples, device):
     return peak_of(make_update(name, network, samples, device), device)
 
 
-def megabytes(samples, device, tasks_a_process):
+def megabytes(networks, samples, device, tasks_a_process):
     """(name, network) to the peak extra memory of its update."""
-    keys = [(name, network) for network in NETWORKS for name in METHODS]
+    keys = [(name, network) for network in networks for name in METHODS]
     problems = [(*key, samples, device) for key in keys]
     with get_context("spawn").Pool(1, maxtasksperchild=tasks_a_process) as pool:
         return dict(zip(keys, pool.starmap(peak_memory, problems, chunksize=1)))
@@ -296,14 +296,14 @@ def megabytes(samples, device, tasks_a_process):
 # ---- Program ---------------------------------------------------------------------------------
 
 
-def write_csv(path, title, times, peaks):
+def write_csv(path, title, networks, times, peaks):
     """What plot.py --speed reads, a row a method and network."""
     with open(path, "w", newline="") as file:
         print(f"# {title}, by benchmark/update_speed.py", file=file)
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["method", "update", "network", "milliseconds", "megabytes"])
         for name, row in METHODS.items():
-            for network in NETWORKS:
+            for network in networks:
                 key = name, network
                 cells = [f"{times[key]:.1f}", round(peaks[key])]
                 if row.method:
@@ -324,34 +324,35 @@ def check_args(args):
 def main(args: Args):
     """Print a Markdown table of medians and peaks, write the same as CSV."""
     check_args(args)
-    samples, warm_up, repeats = args.samples, 2, args.repeats
+    networks, samples, warm_up, repeats = list(NETWORKS), args.samples, 2, args.repeats
     where = f"{torch.get_num_threads()} threads"
     tasks_a_process = 1  # so that none finds memory that another has left
     if args.device == "cuda":
         where = torch.cuda.get_device_name()
     if args.quick:
-        samples, warm_up, repeats = 64, 0, 1
+        networks, samples, warm_up, repeats = networks[:1], 64, 0, 1
     if args.quick or args.device == "cuda":  # a GPU's memory is counted by PyTorch
         tasks_a_process = None  # one process for all
-    times = milliseconds(samples, args.device, warm_up, repeats)
-    peaks = megabytes(samples, args.device, tasks_a_process)
+    times = milliseconds(networks, samples, args.device, warm_up, repeats)
+    peaks = megabytes(networks, samples, args.device, tasks_a_process)
     title = (
         f"One update, B = {samples}, {args.device}, {where}: "
         f"median of {repeats} interleaved ones, and peak extra memory"
     )
     print(f"{title}\n")
-    print(f"| one update: ms (peak extra MB) | {' | '.join(NETWORKS)} |")
-    print("|---|" + "---|" * len(NETWORKS))
+    print(f"| one update: ms (peak extra MB) | {' | '.join(networks)} |")
+    print("|---|" + "---|" * len(networks))
     for name in METHODS:
         cells = []
-        for network in NETWORKS:
+        for network in networks:
             key = name, network
             cells.append(f"{times[key]:.1f} ({round(peaks[key])})")
         print(f"| {name} | {' | '.join(cells)} |")
     for name, row in PAPER.items():
-        print(f"| {name}, in the paper | {' | '.join(map(str, row))} |")
+        cells = [str(published) for _, published in zip(networks, row)]
+        print(f"| {name}, in the paper | {' | '.join(cells)} |")
     if args.csv:
-        write_csv(args.csv, title, times, peaks)
+        write_csv(args.csv, title, networks, times, peaks)
 
 
 if __name__ == "__main__":

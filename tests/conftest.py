@@ -3,6 +3,7 @@
 import copy
 import csv
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -51,6 +52,14 @@ def train(script, *arguments):
             module.main(args)
     finally:
         sys.argv = before
+
+
+def forked(function, *arguments):
+    """A new process that calls the function, without its own start of PyTorch."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.daemon = True
+    process.start()
+    return process
 
 
 def learn(folder, script, *arguments):

@@ -66,12 +66,10 @@ def test_update_speed_prints_and_writes_every_row(tmp_path):
     ours = {name: cells for name, cells in rows.items() if not name.endswith("in the paper")}
     assert set(ours) == set(update_speed.METHODS)
     assert len(rows) == len(table) > len(ours)
-    for cells in ours.values():
-        assert len(cells) == 3
-        for cell in cells:
-            milliseconds, megabytes = cell.strip(" |)").split(" (")
-            assert float(milliseconds) > 0
-            assert float(megabytes) >= 0 and not megabytes.startswith("-")
+    for (cell,) in ours.values():
+        milliseconds, megabytes = cell.strip(" |)").split(" (")
+        assert float(milliseconds) > 0
+        assert float(megabytes) >= 0 and not megabytes.startswith("-")
     written = plot.read_rows(file, ["method", "update", "network"], ["milliseconds", "megabytes"])
     assert {row["method"] for row in written} < set(plot.LOOKS)
     cells = {}
@@ -82,7 +80,7 @@ def test_update_speed_prints_and_writes_every_row(tmp_path):
     assert list(cells) == [name.replace("`", "") for name in whole]
     for name in whole:
         row = cells[name.replace("`", "")]
-        assert list(row) == list(update_speed.NETWORKS)
+        assert list(row) == list(update_speed.NETWORKS)[:1]
         assert list(row.values()) == [cell.strip(" |") for cell in ours[name]]
 
 
@@ -368,13 +366,12 @@ def test_resumes_after_a_kill(tmp_path):
 
 @pytest.mark.parametrize("left", ["progress.csv", "finished"])
 def test_results_without_a_checkpoint_are_kept(left, tmp_path):
-    result = benchmark(METHODS="rat", RUNS=tmp_path, EXTRA=f"{SMALL} 64")
     folder = tmp_path / PENDULUM
-    assert result.returncode == 0 and (folder / left).stat().st_size
-    for name in {"progress.csv", "finished", "checkpoint.pt"} - {left}:
-        (folder / name).unlink()
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / left).write_text("of a run that has ended")
     before = modification_times(folder)
-    result = benchmark(METHODS="rat", RUNS=tmp_path)  # another command line
+    result = benchmark(METHODS="rat", RUNS=tmp_path)
     assert result.returncode == 1
     assert str(folder) in result.stderr and result.stderr.count("\n") == 1
     assert modification_times(folder) == before

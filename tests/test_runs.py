@@ -15,7 +15,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, checkpoint, command, environment, learn, read_csv, run, same, train
+from conftest import (
+    SCRIPTS,
+    checkpoint,
+    command,
+    environment,
+    forked,
+    learn,
+    read_csv,
+    run,
+    same,
+    train,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -184,11 +195,11 @@ def test_resume_after_kill(script, tmp_path):
     arguments = [*small(script), "--total-timesteps", 64 * 2000, *where]
     for _ in range(3 if script == "rat_continuous" else 1):
         before = rows_of(folder)
-        process = start(script, *arguments)
+        process = forked(train, script, *arguments)
         wait_for(lambda rows=before: rows_of(folder) > rows + 5)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the run was over before the kill"
         arguments = ["--resume", *where]
     rows = read_csv(folder)
     assert checkpoint(folder)["global_step"] >= int(rows[-1]["global_step"]) - 64

@@ -3,19 +3,19 @@
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment, flat, read_csv, score_matrix, train
-from test_direction import primal, relative
+from conftest import ROOT, environment, flat, forked, read_csv, score_matrix, train
+from test_direction import kaczmarz_block, nothing, primal, relative
 
 import rat_continuous as rat
+import rat_procgen
 
-RANKS = ROOT / "tests" / "ranks.py"
 SMALL = {
     "rat_continuous": [
         *("--env-id", "Hopper-v5", "--num-envs", 4, "--num-steps", 16, "--critic-epochs", 1),
@@ -47,8 +47,26 @@ def launch(*arguments, code=0, **options):
     return done.stderr
 
 
-def found(folder):
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def in_rank(rank, port, function, *arguments):
+    """Call the function as the process of that rank, of two."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    for script in (rat, rat_procgen):
+        script.RANK = rank
+        script.WORLD_SIZE = 2
+    function(rank, *arguments)
+
+
+def in_both(function, folder, *arguments):
+    """What function(rank, folder, ...) saves as RANK.pt in the folder, in two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        _, port = free.getsockname()
+    processes = [forked(in_rank, rank, port, function, folder, *arguments) for rank in range(2)]
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def equal(a, b):
@@ -60,11 +78,35 @@ def equal(a, b):
     return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def average_pieces(rank, folder):
+    """The run's name, directions of a block, statistics; each process has rows of its own."""
+    args = rat.Args(device="cpu")
+    rat.connect(args)
+    actor, block, data = kaczmarz_block(seed=3)  # the same actor
+    rows = torch.arange(rank, 120, 2 + rank)  # 60 and 40 rows
+    block = rat.Samples(*(column[rows] for column in block))
+    found = {"actor": actor.state_dict(), "block": [column[rows] for column in data]}
+    found["run_name"] = args.run_name
+    found["previous"] = {p: torch.ones_like(p) / 50 for p in actor.parameters()}
+    for rule in ("track", "paper", "release", "off"):
+        args = rat.Args(kaczmarz=rule)
+        previous = nothing(actor) if rule == "off" else found["previous"]
+        applied, remembered, metrics = rat.kaczmarz_direction(args, actor, block, previous)
+        found[rule] = list(applied.values()), list(remembered.values()), metrics
+    found["previous"] = list(found["previous"].values())
+    normalizer, popart = rat.ObsNormalizer(4), rat.PopArt(8)
+    torch.manual_seed(rank)
+    found["rows"] = 10 * torch.rand(100 + 50 * rank, 4).double() + rank
+    for part in found["rows"].split(30 + 15 * rank):
+        normalizer.update(rat.all_rows(part))
+        popart.update(rat.all_rows(part[:, 0]))
+    found["normalizer"], found["popart"] = normalizer.state_dict(), popart.state_dict()
+    torch.save(found, folder / f"{rank}.pt")
+
+
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pieces")
-    launch(RANKS, "pieces", folder)
-    return found(folder)
+    return in_both(average_pieces, tmp_path_factory.mktemp("pieces"))
 
 
 def test_a_run_without_a_name_has_one(pieces):
@@ -117,6 +159,34 @@ def test_statistics_are_those_of_all_samples_in_one_process(pieces):
         )
 
 
+def watched(module, name, keep):
+    """Hand every result of the module's function to keep."""
+    real = getattr(module, name)
+
+    def watch(*arguments, **options):
+        result = real(*arguments, **options)
+        keep(result)
+        return result
+
+    setattr(module, name, watch)
+
+
+def train_and_save(rank, folder, script, *arguments):
+    """The command line's run; networks with their statistics, step sizes and g at its end."""
+    module = importlib.import_module(script)
+    found = {"agents": [], "rates": [], "directions": [], "seeds": []}
+    watched(module, "Agent", found["agents"].append)
+    watched(module, "adapt_learning_rate", found["rates"].append)
+    watched(module, "seed_generators", found["seeds"].append)
+    if "ppo" not in arguments:
+        watched(module, "kaczmarz_direction", found["directions"].append)
+    train(script, *arguments)
+    _, previous, _ = (found.pop("directions") or [({}, {}, {})])[-1]
+    (agent,) = found.pop("agents")
+    found |= {"agent": agent.state_dict(), "previous": list(previous.values())}
+    torch.save(found, folder / f"{rank}.pt")
+
+
 @pytest.mark.parametrize(
     "script, rule",
     [
@@ -130,8 +200,8 @@ def test_processes_stay_the_same_and_a_run_goes_on_with_fewer_or_more(script, ru
     batch = {"rat_continuous": 64, "rat_procgen": 32}[script]
     where = ["--output-dir", tmp_path, "--run-name", "run"]
     arguments = [*SMALL[script], "--device", "cpu", *where, "--kaczmarz", rule]
-    launch(RANKS, script, *arguments, "--total-timesteps", 6 * batch)
-    first, second = found(tmp_path)
+    total = ["--total-timesteps", 6 * batch]
+    first, second = in_both(train_and_save, tmp_path, script, *arguments, *total)
     assert first.pop("seeds") != second.pop("seeds")
     assert len(first["rates"]) == (0 if rule == "ppo" else 3)  # ppo has Adam's
     assert equal(first, second)
@@ -142,8 +212,8 @@ def test_processes_stay_the_same_and_a_run_goes_on_with_fewer_or_more(script, ru
     train(script, "--resume", *where, "--total-timesteps", 8 * batch)
     steps = [2, 4, 6, 7, 8]
     if script == "rat_continuous":
-        launch(RANKS, script, "--resume", *where, "--total-timesteps", 12 * batch)
-        first, second = found(tmp_path)
+        total = ["--total-timesteps", 12 * batch]
+        first, second = in_both(train_and_save, tmp_path, script, "--resume", *where, *total)
         del first["seeds"], second["seeds"]
         assert equal(first, second)
         steps += [10, 12]
