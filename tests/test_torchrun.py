@@ -27,24 +27,10 @@ SMALL = {
 }
 
 
-def torchrun(program, *arguments, processes=2, python=True):
+def torchrun(processes, *words):
     """The command line of a program in several processes."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    start += ["--nproc-per-node", str(processes)]
-    return [*start, *([] if python else ["--no-python"]), *map(str, [program, *arguments])]
-
-
-def launch(*arguments, code=0, **options):
-    """Run it to its end; stderr."""
-    done = subprocess.run(
-        torchrun(*arguments, **options),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    return [*start, "--nproc-per-node", *map(str, [processes, *words])]
 
 
 def in_rank(rank, port, function, *arguments):
@@ -223,7 +209,8 @@ def test_processes_stay_the_same_and_a_run_goes_on_with_fewer_or_more(script, ru
 def test_one_process_under_torchrun_is_a_plain_run(tmp_path):
     arguments = [*SMALL["rat_continuous"], "--device", "cpu", "--output-dir", tmp_path]
     arguments += ["--total-timesteps", 192]
-    launch(ROOT / "rat_continuous.py", *arguments, "--run-name", "torchrun", processes=1)
+    words = torchrun(1, ROOT / "rat_continuous.py", *arguments, "--run-name", "torchrun")
+    subprocess.run(words, env=environment(), check=True, timeout=300)
     train("rat_continuous", *arguments, "--run-name", "plain")
     runs = []
     for name in ("torchrun", "plain"):
@@ -232,12 +219,19 @@ def test_one_process_under_torchrun_is_a_plain_run(tmp_path):
     assert runs[0] == runs[1]
 
 
-def test_processes_with_different_arguments_are_refused(tmp_path):
-    line = f"exec {sys.executable} {ROOT / 'rat_continuous.py'} --env-id Hopper-v5 --device cpu "
-    line += f"--output-dir {tmp_path} --seed $((5 + RANK))"
-    errors = launch("bash", "-c", line, python=False, code=1)
-    assert "rat_continuous: torchrun's processes have different arguments" in errors
-    assert not list(tmp_path.iterdir())
+def other_arguments(rank, folder):
+    """A run with a seed of its own, which does not begin."""
+    arguments = [*SMALL["rat_continuous"], "--device", "cpu", "--output-dir", folder]
+    with pytest.raises(SystemExit) as refusal:
+        train("rat_continuous", *arguments, "--seed", 5 + rank)
+    torch.save(refusal.value.code, folder / f"{rank}.pt")
+
+
+def test_processes_with_different_arguments_are_refused(tmp_path, capfd):
+    assert in_both(other_arguments, tmp_path) == [2, 2]
+    sentence = "rat_continuous: torchrun's processes have different arguments"
+    assert capfd.readouterr().err.count(sentence) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
 
 
 @pytest.mark.parametrize("script", ["rat_continuous", "rat_procgen"])
@@ -263,7 +257,7 @@ def test_the_death_of_a_process_ends_the_others(rank, tmp_path):
     line = f"echo $BASHPID > {tmp_path}/$RANK; exec {sys.executable} {ROOT / 'rat_continuous.py'} "
     line += " ".join(map(str, arguments))
     job = subprocess.Popen(
-        torchrun("bash", "-c", line, python=False),
+        torchrun(2, "--no-python", "bash", "-c", line),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
