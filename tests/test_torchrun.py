@@ -222,6 +222,7 @@ def test_one_process_under_torchrun_is_a_plain_run(tmp_path):
 def other_arguments(rank, folder):
     """A run with a seed of its own, which does not begin."""
     arguments = [*SMALL["rat_continuous"], "--device", "cpu", "--output-dir", folder]
+    arguments += ["--total-timesteps", 128]
     with pytest.raises(SystemExit) as refusal:
         train("rat_continuous", *arguments, "--seed", 5 + rank)
     torch.save(refusal.value.code, folder / f"{rank}.pt")
