@@ -9,7 +9,9 @@
 #     "tensorboard==2.21.0",
 # ]
 # ///
-"""ACKTR (Wu et al. 2017, arXiv:1708.05144): actor-critic by K-FAC or EK-FAC.
+"""ACKTR (Wu et al. 2017, arXiv:1708.05144): the actor by K-FAC or EK-FAC, the critic by Adam.
+
+With --shared both have one trunk and one K-FAC, as in the paper.
 
 Run: python acktr.py --env-id HalfCheetah-v5. Equation numbers: docs/algorithm.md.
 
@@ -121,7 +123,7 @@ def check_spaces(env_id, obs_space, act_space):
                 "actions, wrap observations in FlattenObservation."
             )
     width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
-    if not width.is_floating_point() or not width.float().isfinite().all():
+    if not width.is_floating_point() or not width.isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."
@@ -210,7 +212,8 @@ class Actor(nn.Module):
         features = self.trunk(obs)  # [B, hidden]
         std = self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, act_dim]
         policy = Independent(Normal(self.mean(features), std), 1)
-        return policy, self.value_head and self.value_head(features)
+        value = self.value_head(features) if self.value_head else None
+        return policy, value
 
 
 class Agent(nn.Module):
@@ -492,7 +495,7 @@ class Logger:
             row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
         self.events.flush()
-        if self.csv.tell() == 0:
+        if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
@@ -708,7 +711,10 @@ def main(args):
         agent.load_state_dict(saved["agent"])
         kfac.load_state_dict(saved["kfac"])
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.critic_learning_rate  # as now given
     group = kfac.param_groups[0]  # holds the step size
+    for name in ("damping", "kl_clip", "inverse_update_period", "ekfac"):
+        group[name] = getattr(args, name)  # as now given, also to a resumed run
     # Refuse a network before there is a run folder
     kfac.scores(sampled_log_likelihood(*actor(agent.normalizer(obs))))
     logger = Logger(args, global_step, saved.get("csv_size", 0))

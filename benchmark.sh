@@ -134,13 +134,25 @@ skipped=0
 failed=()
 stopped=""
 
+settings() { # of command $1: script and options, but for the number of steps and the folder
+  sed -E 's/^.* ([^ ]+\.py )/\1/; s/ --total-timesteps [0-9]+//g; s/ --output-dir .*//' <<<"$1"
+}
+
 start() { # start run $1 in the background, unless there is nothing to do
-  local name=${names[$1]} words resumed=""
+  local name=${names[$1]} words before resumed=""
   local folder=$runs/$name log=$runs/log/$name.log
   eval "words=(${commands[$1]})"
-  if [[ -f $folder/finished && $(<"$folder/finished") == "${commands[$1]}" ]]; then
-    skipped=$((skipped + 1))
-    return
+  if [[ -f $folder/finished ]]; then
+    before=$(<"$folder/finished")
+    if [[ $before == "${commands[$1]}" ]]; then
+      skipped=$((skipped + 1))
+      return
+    fi
+    if [[ $(settings "$before") != "$(settings "${commands[$1]}")" ]]; then
+      failed+=("$name: $folder is of another command, take another RUNS: $before")
+      echo "FAILED: ${failed[-1]}"
+      return
+    fi
   fi
   exec 9>>"$log"
   # The log is locked while a run's output holds it, 9 is flock's answer to that

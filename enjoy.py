@@ -26,7 +26,7 @@ Run: python enjoy.py runs/RUN_NAME/checkpoint.pt --episodes 10
     print means and standard deviations                              summary
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -97,11 +97,14 @@ def import_script(name, checkpoint):
     """The script that the checkpoint names: forks need not lie beside this file."""
     for folder in [Path.cwd(), *checkpoint.resolve().parents, Path(__file__).resolve().parent]:
         path = folder / f"{name}.py"
-        if not name.isidentifier() or not path.is_file():
+        if Path(name).name != name or not path.is_file():
             continue
         sys.path.insert(0, str(folder))
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            return importlib.import_module(name)
+            spec.loader.exec_module(module)
+            return module
         except Exception as error:  # whatever a fork raises
             fail(f"{path} cannot be imported: {described(error)}.")
     fail(
@@ -125,19 +128,23 @@ class ProcgenGame(gym.Env):
         self.args.num_envs = 1
         self.make = module.Procgen
         self.mode = "rgb_array" if render else None
-        self.games = None
+        self.seed = -1  # of the games
+        self.ended = False  # there is none that could be followed by the next
         self.observation_space = module.Procgen.single_observation_space
         self.action_space = module.Procgen.single_action_space
         self.spec = gym.envs.registration.EnvSpec(saved_args["env_id"])
 
     def reset(self, *, seed=None, options=None):
-        if self.games is None or seed is not None:
-            self.games = self.make(self.args, seed or 0, render_mode=self.mode)
+        """No episode of Procgen can be left: after one that was cut off other games begin."""
+        if seed is not None or not self.ended:
+            self.seed = self.seed + 1 if seed is None else seed
+            self.games = self.make(self.args, self.seed, render_mode=self.mode)
         obs, info = self.games.reset()
         return obs[0], info
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.games.step(action[None])
+        self.ended = terminated[0]
         return obs[0], reward[0], terminated[0], truncated[0], info
 
     def render(self):

@@ -119,7 +119,7 @@ def check_spaces(env_id, obs_space, act_space):
                 "actions, wrap observations in FlattenObservation."
             )
     width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
-    if not width.is_floating_point() or not width.float().isfinite().all():
+    if not width.is_floating_point() or not width.isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."
@@ -479,7 +479,7 @@ class Logger:
             row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
         self.events.flush()
-        if self.csv.tell() == 0:
+        if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
@@ -578,6 +578,7 @@ def main(args):
         learning_rate = saved["learning_rate"]
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.critic_learning_rate  # as now given
     logger = Logger(args, global_step, saved.get("csv_size", 0))
 
     def save():

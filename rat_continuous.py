@@ -138,7 +138,7 @@ def check_spaces(env_id, obs_space, act_space):
                 "actions, wrap observations in FlattenObservation."
             )
     width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
-    if not width.is_floating_point() or not width.float().isfinite().all():
+    if not width.is_floating_point() or not width.isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."
@@ -534,7 +534,7 @@ class Logger:
             row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
         self.events.flush()
-        if self.csv.tell() == 0:
+        if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
@@ -705,7 +705,7 @@ def rat_direction(
     scores or advantages are not finite, TypeError as tape_scores."""
     scores = SCORES[jacobian](actor, obs, actions)
     remembered = zeros(actor)
-    if previous is not None:
+    if previous:
         remembered = dict(zip(remembered, previous, strict=True))
     residual = advantages - product(scores, remembered)
     return list(kaczmarz_step(scores, residual, weights, damping, remembered).values())
@@ -777,6 +777,7 @@ def main(args):
         agent.load_state_dict(saved["agent"])
         previous = dict(zip(previous, saved["previous"]))
         optimizer.load_state_dict(saved["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.critic_learning_rate  # as now given
 
     def save():
         """All that a resumed run needs; its environments start new episodes."""
@@ -812,7 +813,7 @@ def main(args):
                 direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
                 for p, g in direction.items():
                     p.data.add_(g, alpha=learning_rate)
-                measurements.append(measured)
+                measurements.append(list(map(float, measured.values())))
 
         # Critic
         value_loss = fit_critic(args, critic, optimizer, samples)
@@ -822,10 +823,7 @@ def main(args):
         metrics |= run_metrics(envs, global_step, started)
         metrics["charts/learning_rate"] = learning_rate
         metrics["losses/value_loss"] = value_loss
-        metrics |= {
-            name: np.mean([float(measured[name]) for measured in measurements])
-            for name in measurements[0]
-        }
+        metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         low = args.kl_low
         largest = args.learning_rate

@@ -412,7 +412,7 @@ def gather_samples(agent, rollout, advantages, values):
 
 
 def evaluate(args, agent, seed):
-    """Mean raw return on unseen levels, of the first episode of each of num_envs new games."""
+    """Mean raw return on unseen levels: of num_envs new games a process, the first episodes."""
     envs = Procgen(args, seed, unseen=True)
     obs, _ = envs.reset()
     returns = np.zeros(args.num_envs)
@@ -422,7 +422,7 @@ def evaluate(args, agent, seed):
         obs, rewards, terminated, _, _ = envs.step(action.cpu().numpy())
         returns += rewards * live
         live &= ~terminated
-    return returns.mean().item()
+    return np.mean(gathered(returns)).item()
 
 
 def normalized(advantages):
@@ -551,7 +551,7 @@ class Logger:
             row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
         self.events.flush()
-        if self.csv.tell() == 0:
+        if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
@@ -830,11 +830,12 @@ def main(args):
         if ppo != (saved["args"].kaczmarz == "ppo"):
             fail("--resume cannot change a run to or from --kaczmarz ppo: give another --run-name.")
         started -= saved["wall_seconds"]
-        learning_rate = saved["learning_rate"]
+        learning_rate = args.learning_rate if ppo else saved["learning_rate"]
         eval_return = saved["eval_return"]
         agent.load_state_dict(saved["agent"])
         previous = dict(zip(previous, saved["previous"]))
-        optimizer.load_state_dict(saved["optimizer"])
+        rates = {"param_groups": optimizer.state_dict()["param_groups"]}  # as now given
+        optimizer.load_state_dict(saved["optimizer"] | rates)
         vars(scaled.return_rms).update(saved["reward_statistics"])
 
     def save():
@@ -876,7 +877,7 @@ def main(args):
                     direction, previous, measured = kaczmarz_direction(args, actor, block, previous)
                     for p, g in direction.items():
                         p.data.add_(g, alpha=learning_rate)
-                measurements.append(measured)
+                measurements.append(list(map(float, measured.values())))
 
         # Critic
         value_loss = fit_critic(args, critic, optimizer, samples)
@@ -891,10 +892,7 @@ def main(args):
         metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
         metrics["charts/learning_rate"] = learning_rate
         metrics["losses/value_loss"] = value_loss
-        metrics |= {
-            name: np.mean([float(measured[name]) for measured in measurements])
-            for name in measurements[0]
-        }
+        metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
         learning_rate = (

@@ -131,9 +131,8 @@ def check_spaces(env_id, obs_space, act_space):
             )
     if discrete:
         return
-    low, high = torch.tensor(act_space.low), torch.tensor(act_space.high)
-    bounds = torch.stack([low, high, high - low])
-    if not bounds.is_floating_point() or not bounds.float().isfinite().all():
+    width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
+    if not width.is_floating_point() or not width.isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."
@@ -507,7 +506,7 @@ class Logger:
             row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
         self.events.flush()
-        if self.csv.tell() == 0:
+        if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
@@ -720,6 +719,10 @@ def main(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
     previous = {p: torch.zeros_like(p) for p in agent.parameters()}  # of the block before
     if saved:
+        if (args.kaczmarz == "track") != (saved["args"].kaczmarz == "track"):
+            fail(
+                "--resume cannot change a run to or from --kaczmarz track: give another --run-name."
+            )
         started -= saved["wall_seconds"]
         learning_rate = saved["learning_rate"]
         agent.load_state_dict(saved["agent"])
@@ -759,7 +762,7 @@ def main(args):
                 with torch.no_grad():
                     for p, d in step.items():
                         p.add_(d)
-                measurements.append(measured)
+                measurements.append(list(map(float, measured.values())))
 
         # Metrics, step size, checkpoint
         metrics = rollout_metrics(agent, old_policy, samples)
@@ -767,10 +770,7 @@ def main(args):
         metrics["charts/learning_rate"] = learning_rate
         fitted = agent(samples.obs).value.detach()
         metrics["losses/value_loss"] = (fitted - samples.returns).square().mean()
-        metrics |= {
-            name: np.mean([float(measured[name]) for measured in measurements])
-            for name in measurements[0]
-        }
+        metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         logger.write(global_step, metrics)
         kl = float(metrics["losses/kl"])
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate

@@ -133,7 +133,7 @@ def check_spaces(env_id, obs_space, act_space):
                 "actions, wrap observations in FlattenObservation."
             )
     width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
-    if not width.is_floating_point() or not width.float().isfinite().all():
+    if not width.is_floating_point() or not width.isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."
@@ -222,7 +222,8 @@ class Actor(nn.Module):
         features = self.trunk(obs)  # [B, hidden]
         std = self.log_std(obs.new_ones(len(obs), 1)).exp()  # [B, act_dim]
         policy = Independent(Normal(self.mean(features), std), 1)
-        return policy, self.value_head and self.value_head(features)
+        value = self.value_head(features) if self.value_head else None
+        return policy, value
 
 
 class Agent(nn.Module):
@@ -504,7 +505,7 @@ class Logger:
             row[column.lower()] = value
             self.events.add_scalar(tag, value, step)
         self.events.flush()
-        if self.csv.tell() == 0:
+        if not self.csv.tell():
             print(*row, sep=",", file=self.csv)
         print(*row.values(), sep=",", file=self.csv)
         print(f"{step} steps: return {row['episodic_return']:.1f}, KL {row['kl']:.4f}", flush=True)
@@ -626,9 +627,11 @@ def fisher_diagonal(actor, obs, actions):
         squares = grad_out.square() / len(obs)  # [B, d_out]
         weight_and_bias = squares.T @ x.detach().square(), squares.sum(0)
         diagonal |= zip(m.parameters(), weight_and_bias)  # log sigma has no bias
-    if len(calls) != len(layers) or diagonal.keys() != set(actor.parameters()):
+    changed = any(output._version for _, _, output in calls)
+    if changed or len(calls) != len(layers) or diagonal.keys() != set(actor.parameters()):
         raise TypeError(
-            "--optimizer diag takes Linear layers, each called once: use --optimizer adam"
+            "--optimizer diag takes Linear layers, each called once, no output changed in place: "
+            "use --optimizer adam"
         )
     return diagonal
 
@@ -690,11 +693,16 @@ def main(args):
         critic.parameters(), lr=args.critic_learning_rate, fused=True
     )
     if saved:
+        if args.optimizer != saved["args"].optimizer:
+            fail("--resume cannot change a run's --optimizer: give another --run-name.")
         started -= saved["wall_seconds"]
         agent.load_state_dict(saved["agent"])
         optimizer.load_state_dict(saved["optimizer"])
         critic_optimizer.load_state_dict(saved["critic_optimizer"])
-    group = optimizer.param_groups[0]
+        critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate  # as now given
+    group = optimizer.param_groups[0]  # holds the step size
+    if args.optimizer != "diag":
+        group["lr"] = args.learning_rate
     logger = Logger(args, global_step, saved.get("csv_size", 0))
 
     def save():

@@ -110,7 +110,7 @@ class Run:
     method: str
     seed: str
     columns: dict[str, np.ndarray]  # of progress.csv
-    total: int  # the last step of the whole run, 0 where unknown
+    total: int  # a run that has done so many steps has ended, 0 where unknown
     step: int  # the last step so far
 
     @property
@@ -171,7 +171,7 @@ def read_run(path: Path) -> Run:
     total = 0
     file = path
     if path.is_dir():
-        parts, total = read_config(path / "config.json", parts)
+        parts, timesteps = read_config(path / "config.json", parts)
         file = path / "progress.csv"
     elif len(parts) < 3:
         fail(f"{path} is not named ENVIRONMENT__METHOD__SEED.csv, rename it.")
@@ -179,11 +179,15 @@ def read_run(path: Path) -> Run:
         columns = read_columns(file)
     except (OSError, ValueError, TypeError) as error:
         fail(f"{file} cannot be read ({error!r}), it must be the progress.csv of a run.")
-    return Run(name, *parts[:3], columns, total, int(max(columns["global_step"], default=0)))
+    steps = columns["global_step"]
+    if path.is_dir():
+        rollout = np.diff(steps, prepend=0)[-1:].sum()  # of as many processes as there were
+        total = timesteps - rollout + 1  # no further one fits
+    return Run(name, *parts[:3], columns, total, int(max(steps, default=0)))
 
 
 def read_config(file: Path, parts: list[str]) -> tuple[list[str], int]:
-    """Environment, method and seed of a run, and the last step it is to do.
+    """Environment, method and seed of a run, and its --total-timesteps.
 
     One script makes several methods, so the method in a folder's name counts, if there is one."""
     try:
@@ -191,9 +195,7 @@ def read_config(file: Path, parts: list[str]) -> tuple[list[str], int]:
         env_id = re.sub("[/:]", "_", config["env_id"])  # as in the names of folders
         named = len(parts) >= 3 and parts[0].replace(":", "_") == env_id
         method = parts[1] if named else config["algorithm"]
-        rollout = config["num_envs"] * config["num_steps"]
-        total = int(config["total_timesteps"]) // rollout * rollout
-        return [env_id, method, str(config["seed"])], total
+        return [env_id, method, str(config["seed"])], int(config["total_timesteps"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{file} cannot be read ({error!r}), it must be the config.json of a run.")
 

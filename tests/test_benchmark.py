@@ -372,6 +372,27 @@ def test_results_without_a_checkpoint_are_kept(left, tmp_path):
     assert modification_times(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "last"),
+    [
+        ({"EXTRA": "--total-timesteps 200"}, "1 finished, 0 skipped, 0 failed, of 1 runs"),
+        ({"EXTRA": "--gamma 0.9"}, "0 finished, 0 skipped, 1 failed, of 1 runs"),
+        ({}, "0 finished, 1 skipped, 0 failed, of 1 runs"),
+    ],
+)
+def test_an_ended_run_goes_on_with_more_steps_but_not_with_other_options(changed, last, tmp_path):
+    """Else its rows would stand under options that they were not made with."""
+    python = interpreter(tmp_path / "my python", 'mkdir -p "${@: -3:1}/${@: -1}"')
+    variables = {"METHODS": "rat", "RUNS": tmp_path / "runs", "PYTHON": python}
+    assert benchmark(**variables).returncode == 0
+    before = (tmp_path / "runs" / PENDULUM / "finished").read_text()
+    result = benchmark(**variables | changed)
+    assert result.stdout.splitlines()[-1] == last
+    if "1 failed" in last:
+        assert f"{PENDULUM} is of another command, take another RUNS: {before}" in result.stderr
+        assert (tmp_path / "runs" / PENDULUM / "finished").read_text() == before
+
+
 # ---- plot.py ---------------------------------------------------------------------------------
 
 
@@ -487,6 +508,12 @@ def test_plot_takes_a_folder_of_runs(folder, tmp_path, capsys):
         left_out.insert(1, str(tmp_path / "runs" / "log"))  # asked for by its name
     sentence = "No run (progress.csv with config.json), left out"
     assert out.splitlines()[0] == f"{sentence}: {', '.join(left_out)}."
+
+
+def test_a_run_of_several_processes_has_ended_where_no_rollout_of_all_fits(tmp_path):
+    for last in (80, 160):
+        run = plot.read_run(write_run(tmp_path / f"Task-v0__a__{last}", [80, last], [1, 2], 239))
+        assert run.ended == (last == 160)
 
 
 @pytest.mark.parametrize(

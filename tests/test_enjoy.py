@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,6 +21,7 @@ import tyro
 from conftest import ROOT, train
 
 import enjoy
+import rat_continuous
 
 SMALL = ["--total-timesteps", "256", "--num-envs", "4", "--num-steps", "32", "--device", "cpu"]
 KEYS = [
@@ -347,6 +349,32 @@ def test_other_pictures_have_other_hints(
     assert "EGL" not in refuse(message, path, "--video", tmp_path / "out.mp4")
 
 
+def test_procgens_next_episode_is_a_new_game_where_one_was_cut_off():
+    made = []
+
+    class Games:
+        single_observation_space = single_action_space = None
+
+        def __init__(self, args, seed, render_mode):
+            made.append(seed)
+
+        def reset(self):
+            return [0], {}
+
+        def step(self, action):
+            return [0], [0.0], [action[0]], [False], {}
+
+    module = types.SimpleNamespace(Args=rat_continuous.Args, Procgen=Games)
+    game = enjoy.ProcgenGame(module, {"env_id": "starpilot"}, render=False)
+    game.reset(seed=5)
+    game.step(np.array(True))
+    game.reset()  # the next episode of the same game
+    assert made == [5]
+    game.step(np.array(False))
+    game.reset()
+    assert made == [5, 6]
+
+
 # ---- The script that a checkpoint names ------------------------------------------------------
 
 
@@ -363,13 +391,15 @@ def fork_search(tmp_path, monkeypatch):
     return [tmp_path / name for name in ("current", "above/runs/NAME", "above", "beside")]
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_a_fork_is_found_where_it_is_first(fork_search, place):
+@pytest.mark.parametrize(
+    ("place", "name"), [(0, "my_rat"), (1, "my_rat"), (2, "my-rat"), (3, "my_rat.v2")]
+)
+def test_a_fork_is_found_where_it_is_first(fork_search, place, name):
     for folder in fork_search[place:]:
-        (folder / "my_rat.py").write_text("Agent = None")
-    module = enjoy.import_script("my_rat", Path("../above/runs/NAME/checkpoint.pt"))
-    sys.modules.pop("my_rat")
-    assert Path(module.__file__) == fork_search[place] / "my_rat.py"
+        (folder / f"{name}.py").write_text("Agent = None")
+    module = enjoy.import_script(name, Path("../above/runs/NAME/checkpoint.pt"))
+    sys.modules.pop(name)
+    assert Path(module.__file__) == fork_search[place] / f"{name}.py"
 
 
 def test_a_fork_that_is_not_found_is_told_what_to_do(fork_search, capfd):

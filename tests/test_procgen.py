@@ -367,6 +367,7 @@ def test_evaluation_is_the_first_episode_of_each_environment_to_its_end(monkeypa
         return actions[-1], actions[-1]
 
     monkeypatch.setattr(agent, "act", recorded)
+    torch.manual_seed(0)
     score = rat.evaluate(args, agent, 13)
     games = raw_games(13, num_levels=2, start_level=8)
     returns, ended = np.zeros(4), np.zeros(4, bool)
@@ -382,6 +383,10 @@ def test_evaluation_is_the_first_episode_of_each_environment_to_its_end(monkeypa
     assert returns.any()
     assert later > 0
     assert score == pytest.approx(returns.mean())
+    with monkeypatch.context() as patch:
+        patch.setattr(rat, "gathered", lambda value: [value, value + 1])  # another process
+        torch.manual_seed(0)
+        assert rat.evaluate(args, agent, 13) == pytest.approx(score + 0.5)
 
 
 @pytest.mark.parametrize(("unseen", "levels"), [(False, {7, 8, 9}), (True, {10, 11})])
@@ -620,12 +625,13 @@ def test_a_run_with_ppos_step_and_its_resume(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "cannot change a run to or from --kaczmarz ppo" in capsys.readouterr().err
     assert checkpoint(tmp_path / "a")["global_step"] == 64
-    train("rat_procgen", *resume, "--total-timesteps", 128)
+    train("rat_procgen", *resume, "--total-timesteps", 128, "--learning-rate", 1e-4)
     after = checkpoint(tmp_path / "a")
+    assert [group["lr"] for group in after["optimizer"]["param_groups"]] == [5e-4, 1e-4]
     steps = {state["step"].item() for state in after["optimizer"]["state"].values()}
     assert steps == {4, 12}
     rows = read_csv(tmp_path / "a")
-    assert [float(row["learning_rate"]) for row in rows] == [5e-4, 5e-4]
+    assert [float(row["learning_rate"]) for row in rows] == [5e-4, 1e-4]
     assert {"gradient_norm"} <= set(rows[0])
 
 

@@ -601,6 +601,45 @@ def test_what_is_given_on_resume_changes(finished):
     assert (config["total_timesteps"], config["gamma"]) == (256, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("script", "option", "optimizer", "key"),
+    [
+        ("rat_continuous", "--critic-learning-rate", "optimizer", "lr"),
+        ("npg_cg", "--critic-learning-rate", "optimizer", "lr"),
+        ("npg_rank1", "--critic-learning-rate", "optimizer", "lr"),
+        ("acktr", "--critic-learning-rate", "optimizer", "lr"),
+        ("acktr", "--damping", "kfac", "damping"),
+        ("acktr", "--kl-clip", "kfac", "kl_clip"),
+        ("acktr", "--inverse-update-period", "kfac", "inverse_update_period"),
+        ("sophia_ppo", "--critic-learning-rate", "critic_optimizer", "lr"),
+        ("sophia_ppo", "--learning-rate", "optimizer", "lr"),
+    ],
+)
+def test_what_an_optimizer_is_given_on_resume_counts(script, option, optimizer, key, tmp_path):
+    """Not what its saved state has, which config.json would not name."""
+    where = ["--output-dir", tmp_path, "--run-name", "x"]
+    train(script, *small(script), "--total-timesteps", 64, *where)
+    train(script, "--resume", *where, option, 7)
+    (group,) = checkpoint(tmp_path / "x")[optimizer]["param_groups"]
+    assert group[key] == 7
+
+
+@pytest.mark.parametrize(
+    ("script", "change"),
+    [
+        ("rat_shared", ["--kaczmarz", "release"]),
+        ("sophia_ppo", ["--optimizer", "sophia"]),
+    ],
+)
+def test_a_resume_cannot_change_the_method(script, change, tmp_path, capsys):
+    """Neither its columns nor its state fit; nothing is lost."""
+    where = ["--output-dir", tmp_path, "--run-name", "x"]
+    train(script, *small(script), "--total-timesteps", 64, *where)
+    files = {path: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    assert "give another --run-name" in refused(capsys, script, "--resume", *where, *change)
+    assert {path: path.read_bytes() for path in (tmp_path / "x").iterdir()} == files
+
+
 @pytest.mark.parametrize(("script", "options"), SETTINGS)
 def test_settings_run(script, options, tmp_path):
     where = ["--output-dir", tmp_path, "--run-name", "x"]

@@ -161,7 +161,13 @@ def with_a_layer_called_twice(actor):
     actor.trunk.append(actor.trunk[2])
 
 
-@pytest.mark.parametrize("change", [with_layer_norm, with_a_layer_called_twice])
+def with_an_output_changed_in_place(actor):
+    actor.trunk[1] = nn.ReLU(inplace=True)
+
+
+@pytest.mark.parametrize(
+    "change", [with_layer_norm, with_a_layer_called_twice, with_an_output_changed_in_place]
+)
 def test_fisher_diagonal_refuses_other_networks(change):
     actor, obs, actions = problem(shared=False)
     change(actor)
