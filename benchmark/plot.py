@@ -201,8 +201,7 @@ def read_config(file: Path, parts: list[str]) -> tuple[list[str], int]:
 
 
 def read_columns(file: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file. A row counts unless a later one is of its step or before it:
-    a run that was resumed has done these steps again."""
+    """The columns of a CSV file."""
     lines = [line for line in file.read_text().splitlines(True) if line.endswith("\n")]
     rows = list(csv.DictReader(lines))  # a crash may have torn the last line
     columns = {}
@@ -210,10 +209,7 @@ def read_columns(file: Path) -> dict[str, np.ndarray]:
         columns[name] = np.array([float(row[name]) for row in rows])
     if not set(NEEDED) <= columns.keys():
         raise ValueError(f"no column {' or '.join(NEEDED)}")
-    step = columns["global_step"]
-    lowest = np.minimum.accumulate(step[::-1])[::-1]  # of a row and all after it
-    last = step < np.append(lowest, np.inf)[1:]
-    return {name: column[last] for name, column in columns.items()}
+    return columns
 
 
 def read_rows(file: Path, texts: list[str], numbers: list[str]) -> list[dict]:

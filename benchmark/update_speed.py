@@ -324,13 +324,15 @@ def check_args(args):
 def main(args: Args):
     """Print a Markdown table of medians and peaks, write the same as CSV."""
     check_args(args)
-    networks, samples, warm_up, repeats = list(NETWORKS), args.samples, 2, args.repeats
+    networks = list(NETWORKS)
+    samples, warm_up, repeats = args.samples, 2, args.repeats
     where = f"{torch.get_num_threads()} threads"
     tasks_a_process = 1  # so that none finds memory that another has left
     if args.device == "cuda":
         where = torch.cuda.get_device_name()
     if args.quick:
-        networks, samples, warm_up, repeats = networks[:1], 64, 0, 1
+        networks = networks[:1]
+        samples, warm_up, repeats = 64, 0, 1
     if args.quick or args.device == "cuda":  # a GPU's memory is counted by PyTorch
         tasks_a_process = None  # one process for all
     times = milliseconds(networks, samples, args.device, warm_up, repeats)

@@ -609,23 +609,6 @@ def test_plot_takes_a_folder_of_csv_files(tmp_path, capsys):
     assert "| rat | 2500 ± 500 (2) |" in show(capsys, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "steps, counted",
-    [
-        ([10, 20, 30], {10: 0, 20: 1, 30: 2}),
-        ([10, 20, 20, 30], {10: 0, 20: 2, 30: 3}),
-        ([10, 20, 30, 20, 30, 40], {10: 0, 20: 3, 30: 4, 40: 5}),
-        ([10, 20, 30, 15, 25, 35], {10: 0, 15: 3, 25: 4, 35: 5}),
-    ],
-)
-def test_the_last_row_of_a_step_counts(steps, counted, tmp_path):
-    folder = write_run(tmp_path / "Task-v0__a__1", steps, range(len(steps)), max(steps))
-    run = plot.read_run(folder)
-    assert run.columns["global_step"].tolist() == list(counted)
-    assert run.columns["episodic_return"].tolist() == list(counted.values())
-    assert run.step == max(steps)
-
-
 def test_plot_thins_run_folders(tmp_path, capsys):
     folders = []
     for seed, last in ((1, 5000), (2, 4000)):
