@@ -123,7 +123,7 @@ def check_spaces(env_id, obs_space, act_space):
                 "actions, wrap observations in FlattenObservation."
             )
     width = torch.tensor(act_space.high) - torch.tensor(act_space.low)
-    if not width.is_floating_point() or not width.isfinite().all():
+    if not width.is_floating_point() or not width.float().isfinite().all():
         fail(
             f"--env-id {env_id} takes {act_space}, not floats in finite bounds: "
             "wrap it in a TransformAction."

@@ -26,7 +26,7 @@ Run: python enjoy.py runs/RUN_NAME/checkpoint.pt --episodes 10
     print means and standard deviations                              summary
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -100,11 +100,8 @@ def import_script(name, checkpoint):
         if Path(name).name != name or not path.is_file():
             continue
         sys.path.insert(0, str(folder))
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
-            return module
+            return importlib.import_module(name)
         except Exception as error:  # whatever a fork raises
             fail(f"{path} cannot be imported: {described(error)}.")
     fail(

@@ -392,7 +392,7 @@ def fork_search(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [(0, "my_rat"), (1, "my_rat"), (2, "my-rat"), (3, "my_rat.v2")]
+    ("place", "name"), [(0, "my_rat"), (1, "my_rat"), (2, "my-rat"), (3, "my_rat")]
 )
 def test_a_fork_is_found_where_it_is_first(fork_search, place, name):
     for folder in fork_search[place:]:
