@@ -274,6 +274,36 @@ def test_tables_of_the_search():
     assert seen == set((RESULTS / "tuning_track").iterdir())  # each run is quoted
 
 
+BUDGETS = {  # rows of the table of budgets, and how the names of their runs begin
+    "its discount and what it does beyond 1M steps": "gamma|constant__|kl-falls",
+    "RAT, one trunk": "s-",
+    "its discount": "ppo-gamma",
+    "PPO": "ppo__|annealed-|constant-|stopped-",
+    "NPG": "npg",
+    "rank-1": "rank1",
+    "diag": "diag",
+    "Sophia": "sophia",
+    "ACKTR": "acktr",
+    "RAT, two networks": "",  # all others
+}
+
+
+def test_the_table_of_budgets():
+    found = {row: [] for row in BUDGETS}
+    for path in [*(RESULTS / "tuning").iterdir(), *(RESULTS / "tuning_track").iterdir()]:
+        if "Swimmer" in path.name:  # at the paper's discount, not searched
+            continue
+        name = path.name.split("__", 1)[1]
+        row = next(row for row, start in BUDGETS.items() if re.match(start, name))
+        found[row].append(column(path.parent.name, path.stem, "global_step")[0][-1] / 1e6)
+    ((_, *rows),) = tables("method \\| runs \\| million steps")
+    assert {name for name, *_ in rows} == found.keys()
+    for name, runs, steps in rows:
+        without_rows = 2 if name == "RAT, one trunk" else 0  # stopped at once
+        assert int(runs) == len(found[name]) + without_rows, name
+        assert float(steps) == pytest.approx(sum(found[name]), rel=0.02), name
+
+
 @pytest.mark.parametrize("script", ["rat_continuous", "npg_cg", "npg_rank1", "sophia_ppo", "acktr"])
 def test_all_have_the_large_critic_but_acktr(script):
     """As tuning.md says."""
