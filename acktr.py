@@ -712,9 +712,9 @@ def main(args):
         kfac.load_state_dict(saved["kfac"])
         optimizer.load_state_dict(saved["optimizer"])
         optimizer.param_groups[0]["lr"] = args.critic_learning_rate  # as now given
+        for name in ("damping", "kl_clip", "inverse_update_period", "ekfac"):
+            kfac.param_groups[0][name] = getattr(args, name)
     group = kfac.param_groups[0]  # holds the step size
-    for name in ("damping", "kl_clip", "inverse_update_period", "ekfac"):
-        group[name] = getattr(args, name)  # as now given, also to a resumed run
     # Refuse a network before there is a run folder
     kfac.scores(sampled_log_likelihood(*actor(agent.normalizer(obs))))
     logger = Logger(args, global_step, saved.get("csv_size", 0))

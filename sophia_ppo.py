@@ -700,9 +700,9 @@ def main(args):
         optimizer.load_state_dict(saved["optimizer"])
         critic_optimizer.load_state_dict(saved["critic_optimizer"])
         critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate  # as now given
+        if args.optimizer != "diag":
+            optimizer.param_groups[0]["lr"] = args.learning_rate
     group = optimizer.param_groups[0]  # holds the step size
-    if args.optimizer != "diag":
-        group["lr"] = args.learning_rate
     logger = Logger(args, global_step, saved.get("csv_size", 0))
 
     def save():

@@ -611,6 +611,7 @@ def test_what_is_given_on_resume_changes(finished):
         ("acktr", "--damping", "kfac", "damping"),
         ("acktr", "--kl-clip", "kfac", "kl_clip"),
         ("acktr", "--inverse-update-period", "kfac", "inverse_update_period"),
+        ("acktr", "--ekfac", "kfac", "ekfac"),
         ("sophia_ppo", "--critic-learning-rate", "critic_optimizer", "lr"),
         ("sophia_ppo", "--learning-rate", "optimizer", "lr"),
     ],
@@ -619,9 +620,10 @@ def test_what_an_optimizer_is_given_on_resume_counts(script, option, optimizer, 
     """Not what its saved state has, which config.json would not name."""
     where = ["--output-dir", tmp_path, "--run-name", "x"]
     train(script, *small(script), "--total-timesteps", 64, *where)
-    train(script, "--resume", *where, option, 7)
+    value = ["--total-timesteps", 128] if key == "ekfac" else [7]  # its state must do for both
+    train(script, "--resume", *where, option, *value)
     (group,) = checkpoint(tmp_path / "x")[optimizer]["param_groups"]
-    assert group[key] == 7
+    assert group[key] == (True if key == "ekfac" else 7)
 
 
 @pytest.mark.parametrize(
