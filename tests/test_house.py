@@ -33,6 +33,7 @@ NO_CODE = {
 }
 OURS = [ROOT / f"{name}.py" for name in [*SCRIPTS, "enjoy", "rat_gaussian"]]
 OURS += [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmark/*.py")]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -216,10 +217,19 @@ def test_every_metric_is_explained():
     assert tags == set(explained)
 
 
-def test_relative_links_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_the_readme_is_short():
