@@ -172,8 +172,8 @@ NOISE = {  # rows of the table of runs whose advantages are noise, and their fil
     "paper's rule on HalfCheetah-v4 (8.52 at the start)": "HalfCheetah-v4__defaults__",
     "the default rule": "Hopper-v4__track__",
     "the default rule on HalfCheetah-v4": "HalfCheetah-v4__track__",
-    "the same, `--memory 0`": "Hopper-v4__memory0__",
-    "the same, `--memory 0` on HalfCheetah-v4": "HalfCheetah-v4__memory0__",
+    "the default rule, `--memory 0`": "Hopper-v4__memory0__",
+    "the default rule, `--memory 0`, on HalfCheetah-v4": "HalfCheetah-v4__memory0__",
 }
 
 
