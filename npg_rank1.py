@@ -96,8 +96,7 @@ def make_envs(args, seeds):
         envs = gym.make_vec(args.env_id, args.num_envs, "sync")
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
-    obs, _ = envs.reset(seed=seeds)
-    return envs, obs
+    return envs, envs.reset(seed=seeds)[0]
 
 
 def make_envpool(args, seeds):
@@ -459,8 +458,8 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = {"algorithm": ALGORITHM, **vars(args)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        config = folder / "config.json"
+        config.write_text(json.dumps({"algorithm": ALGORITHM, **vars(args)}, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
@@ -491,7 +490,9 @@ def one_sentence(args):
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        for frame in traceback.extract_tb(error.__traceback__):
+            if "/lib/python" not in frame.filename:  # the last place outside of libraries
+                place = frame
         sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if os.path.exists(run_folder(args) / "checkpoint.pt"):  # False for a name too long
             fail(

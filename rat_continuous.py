@@ -115,8 +115,7 @@ def make_envs(args, seeds):
         envs = gym.make_vec(args.env_id, args.num_envs, "sync")
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)  # of the last 100 episodes
-    obs, _ = envs.reset(seed=seeds)
-    return envs, obs
+    return envs, envs.reset(seed=seeds)[0]
 
 
 def make_envpool(args, seeds):
@@ -514,8 +513,8 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = {"algorithm": ALGORITHM, **vars(args)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        config = folder / "config.json"
+        config.write_text(json.dumps({"algorithm": ALGORITHM, **vars(args)}, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
@@ -546,7 +545,9 @@ def one_sentence(args):
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        for frame in traceback.extract_tb(error.__traceback__):
+            if "/lib/python" not in frame.filename:  # the last place outside of libraries
+                place = frame
         sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if os.path.exists(run_folder(args) / "checkpoint.pt"):  # False for a name too long
             fail(
@@ -766,9 +767,11 @@ def main(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space)
     agent.load_state_dict(gathered(agent.state_dict())[0])  # those of the first process
     agent.to(args.device)
-    actor, critic = agent.policy, agent.critic
+    actor = agent.policy
     torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
+    optimizer = torch.optim.Adam(
+        agent.critic.parameters(), lr=args.critic_learning_rate, fused=True
+    )
     previous = zeros(actor)  # g_{j-1}
     if saved:
         started -= saved["wall_seconds"]
@@ -815,13 +818,12 @@ def main(args):
                 measurements.append(list(map(float, measured.values())))
 
         # Critic
-        value_loss = fit_critic(args, critic, optimizer, samples)
+        value_loss = fit_critic(args, agent.critic, optimizer, samples)
 
         # Metrics, step size, checkpoint
         metrics = rollout_metrics(agent, old_policy, samples)
         metrics |= run_metrics(envs, global_step, started)
-        metrics["charts/learning_rate"] = learning_rate
-        metrics["losses/value_loss"] = value_loss
+        metrics |= {"charts/learning_rate": learning_rate, "losses/value_loss": value_loss}
         metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         low = args.kl_low

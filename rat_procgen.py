@@ -531,8 +531,8 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = {"algorithm": ALGORITHM, **vars(args)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        config = folder / "config.json"
+        config.write_text(json.dumps({"algorithm": ALGORITHM, **vars(args)}, indent=2))
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
@@ -563,7 +563,9 @@ def one_sentence(args):
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        for frame in traceback.extract_tb(error.__traceback__):
+            if "/lib/python" not in frame.filename:  # the last place outside of libraries
+                place = frame
         sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if os.path.exists(run_folder(args) / "checkpoint.pt"):  # False for a name too long
             fail(
@@ -819,9 +821,11 @@ def main(args):
     )
     agent.load_state_dict(gathered(agent.state_dict())[0])  # those of the first process
     agent.to(args.device)
-    actor, critic = agent.policy, agent.critic
+    actor = agent.policy
     torch.set_flush_denormal(True)  # Adam's moments of inactive units fade to them: slow on CPUs
-    optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_learning_rate, fused=True)
+    optimizer = torch.optim.Adam(
+        agent.critic.parameters(), lr=args.critic_learning_rate, fused=True
+    )
     ppo = args.kaczmarz == "ppo"
     # No gradient of the actor is ever left for it but ppo's
     optimizer.add_param_group({"params": actor.parameters(), "lr": args.learning_rate})
@@ -880,7 +884,7 @@ def main(args):
                 measurements.append(list(map(float, measured.values())))
 
         # Critic
-        value_loss = fit_critic(args, critic, optimizer, samples)
+        value_loss = fit_critic(args, agent.critic, optimizer, samples)
 
         # Evaluation
         if args.eval_levels and global_step // batch_size % args.eval_interval == 0:
@@ -889,17 +893,18 @@ def main(args):
         # Metrics, step size, checkpoint
         metrics = rollout_metrics(agent, old_policy, samples)
         metrics |= run_metrics(games, global_step, started)
-        metrics["charts/eval_return"] = eval_return  # the last one's, nan before the first
-        metrics["charts/learning_rate"] = learning_rate
-        metrics["losses/value_loss"] = value_loss
+        metrics |= {
+            "charts/eval_return": eval_return,  # the last one's, nan before the first
+            "charts/learning_rate": learning_rate,
+            "losses/value_loss": value_loss,
+        }
         metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        learning_rate = (
-            learning_rate
-            if ppo
-            else adapt_learning_rate(learning_rate, metrics["losses/kl"], args.kl_low, largest)
-        )
+        if not ppo:
+            learning_rate = adapt_learning_rate(
+                learning_rate, metrics["losses/kl"], args.kl_low, largest
+            )
         if RANK == 0:
             logger.write(global_step, metrics)
             save()

@@ -294,6 +294,17 @@ def test_what_breaks_a_run_down_loses_one_iteration(script, name, tmp_path, caps
     assert all(t.isfinite().all() for t in saved["agent"].values())
 
 
+def test_a_mistake_in_a_fork_is_named_by_its_own_line(tmp_path, monkeypatch, capsys):
+    """Not by that of the library which it breaks."""
+    rat = importlib.import_module("rat_continuous")
+    monkeypatch.setattr(rat.Actor, "forward", lambda self, obs: self.mean(obs[:, :2]))
+    with pytest.raises(SystemExit):
+        train("rat_continuous", *SMALL, "--output-dir", tmp_path, "--run-name", "fork")
+    said = sentence(capsys.readouterr().err)
+    assert "mat1 and mat2 shapes" in said
+    assert "(test_runs.py:" in said
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     saves = []
     original = torch.save
