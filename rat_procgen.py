@@ -901,10 +901,11 @@ def main(args):
         metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         metrics = {tag: np.mean(gathered(float(value))) for tag, value in metrics.items()}
         largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        if not ppo:
-            learning_rate = adapt_learning_rate(
-                learning_rate, metrics["losses/kl"], args.kl_low, largest
-            )
+        learning_rate = (
+            learning_rate
+            if ppo
+            else adapt_learning_rate(learning_rate, metrics["losses/kl"], args.kl_low, largest)
+        )
         if RANK == 0:
             logger.write(global_step, metrics)
             save()
