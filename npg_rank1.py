@@ -458,8 +458,9 @@ class Logger:
     def __init__(self, args, step, csv_size):
         folder = run_folder(args)
         folder.mkdir(parents=True, exist_ok=args.resume)
-        config = folder / "config.json"
-        config.write_text(json.dumps({"algorithm": ALGORITHM, **vars(args)}, indent=2))
+        (folder / "config.json").write_text(
+            json.dumps({"algorithm": ALGORITHM, **vars(args)}, indent=2)
+        )
         self.csv = open(folder / "progress.csv", "a")  # noqa: SIM115
         self.csv.seek(min(csv_size, self.csv.tell()))
         self.csv.truncate()
