@@ -486,6 +486,6 @@ def test_a_run_hands_kfac_and_critic_what_the_rollout_says(options, tmp_path, mo
 
 def test_learns_inverted_pendulum(tmp_path):
     """As the test of the same name in test_runs.py, with one trunk and EK-FAC."""
-    more = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 20_000]
+    more = ["--num-envs", 8, "--num-steps", 64, "--total-timesteps", 12_000]
     more += ["--update-epochs", 2, "--num-minibatches", 4, "--inverse-update-period", 10]
-    assert learn(tmp_path, "acktr", *SMALL, *more, "--shared", "--ekfac") >= 60
+    assert learn(tmp_path, "acktr", *SMALL, *more, "--shared", "--ekfac") >= 25

@@ -281,9 +281,9 @@ def test_trpo_step_goes_to_the_bound_of_the_quadratic_model(monkeypatch):
 
 def test_trpo_learns_inverted_pendulum(tmp_path):
     """As test_runs.py's test of the same name."""
-    arguments = [*SMALL, "--total-timesteps", 20_000, "--num-envs", 8, "--num-steps", 64]
+    arguments = [*SMALL, "--total-timesteps", 12_000, "--num-envs", 8, "--num-steps", 64]
     more = ["--cg-iterations", 15, "--line-search"]
-    assert learn(tmp_path, "npg_cg", *arguments, *more) >= 60
+    assert learn(tmp_path, "npg_cg", *arguments, *more) >= 25
 
 
 def test_trpo_takes_one_step_a_rollout_within_target_kl(tmp_path, monkeypatch):

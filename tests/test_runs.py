@@ -36,10 +36,8 @@ SMALL += ["--critic-epochs", 2, "--critic-minibatches", 4]  # 64-step iterations
 LEARNS = {  # what a script needs to learn InvertedPendulum-v5 in time
     "npg_cg": ["--cg-iterations", 10, "--update-epochs", 2, "--num-minibatches", 1],
     "sophia_ppo": ["--num-minibatches", 8, "--learning-rate", 1e-3],
-    "rat_shared": ["--total-timesteps", 30_000],
-    "acktr": ["--total-timesteps", 30_000, "--update-epochs", 2, "--num-minibatches", 4],
+    "acktr": ["--update-epochs", 2, "--num-minibatches", 4, "--inverse-update-period", 10],
 }
-LEARNS["acktr"] += ["--inverse-update-period", 10]
 SETTINGS = [  # that no other test has
     ("rat_continuous", ["--kaczmarz", "off", "--jacobian", "vmap"]),
     ("rat_shared", ["--kaczmarz", "paper"]),
@@ -88,9 +86,9 @@ def sentence(text):
 
 @every_script
 def test_learns_inverted_pendulum(script, tmp_path):
-    """Seeds 1 to 3 of all such tests reached 95 to 244, without learning 5."""
-    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 20_000, "--num-envs", 8]
-    assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 60
+    """All such tests reached 35 to 86, without learning 5."""
+    arguments = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 12_000, "--num-envs", 8]
+    assert learn(tmp_path, script, *arguments, *LEARNS.get(script, [])) >= 25
 
 
 def test_learns_as_well_where_observations_have_an_offset(tmp_path):

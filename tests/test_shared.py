@@ -362,6 +362,6 @@ def test_popart_keeps_the_values(tmp_path, monkeypatch):
 
 
 def test_learns_cart_pole(tmp_path):
-    """As test_runs.py's learning test, after 30k steps; without learning 28."""
-    size = ["--total-timesteps", 30_000, "--num-envs", 8, "--num-steps", 32]
-    assert learn(tmp_path, "rat_shared", "--env-id", "CartPole-v1", *size) >= 150
+    """As test_runs.py's learning test, after 15k steps: 89, without learning 28."""
+    size = ["--total-timesteps", 15_000, "--num-envs", 8, "--num-steps", 32]
+    assert learn(tmp_path, "rat_shared", "--env-id", "CartPole-v1", *size) >= 55

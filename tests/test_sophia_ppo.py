@@ -400,8 +400,8 @@ LEARNS = {
 @pytest.mark.parametrize("case", LEARNS)
 def test_learns_inverted_pendulum(case, tmp_path):
     options = ["--env-id", "InvertedPendulum-v5", "--num-envs", 8, "--num-steps", 64]
-    options += ["--total-timesteps", 20_000, *LEARNS[case]]
-    assert learn(tmp_path, "sophia_ppo", *options) >= 60
+    options += ["--total-timesteps", 12_000, *LEARNS[case]]
+    assert learn(tmp_path, "sophia_ppo", *options) >= 25
 
 
 @pytest.mark.parametrize("optimizer", ["sophia", "diag"])
