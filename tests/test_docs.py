@@ -270,7 +270,7 @@ def test_tables_of_the_search():
                     known |= {f"{columns[1][-1]:.0f}", f"{np.interp(499712, *columns):.0f}"}
                     seen.add(run)
                 if env not in ("options", "steps"):
-                    assert set(re.findall(r"\d+", cell)) <= known, (name, env)
+                    assert set(re.findall(r"-?\d+", cell)) <= known, (name, env)
     assert seen == set((RESULTS / "tuning_track").iterdir())  # each run is quoted
 
 
