@@ -508,7 +508,7 @@ def one_sentence(args):
         yield
     except (Exception, KeyboardInterrupt) as error:
         for frame in traceback.extract_tb(error.__traceback__):
-            if "/lib/python" not in frame.filename:  # the last place outside of libraries
+            if "/lib/python3." not in frame.filename:  # the last place outside of libraries
                 place = frame
         sentence = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
         if os.path.exists(run_folder(args) / "checkpoint.pt"):  # False for a name too long

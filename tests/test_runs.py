@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     SCRIPTS,
     checkpoint,
     command,
@@ -461,6 +462,15 @@ def test_bad_input_is_one_sentence_and_writes_nothing(script, case, tmp_path, mo
     where = ["--total-timesteps", 640, "--output-dir", tmp_path / "runs"]
     assert named.lower() in refused(capsys, script, *small(script), *where, *arguments).lower()
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_script_in_a_folder_like_a_library_names_its_own_line(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "lib" / "python"
+    folder.mkdir(parents=True)
+    (folder / "mine.py").write_text((ROOT / "rat_continuous.py").read_text())
+    monkeypatch.syspath_prepend(folder)
+    said = refused(capsys, "mine", "--env-id", "Nope-v0", "--output-dir", tmp_path / "runs")
+    assert "(mine.py:" in said
 
 
 @pytest.mark.parametrize("script", ["rat_continuous", "rat_shared"])
