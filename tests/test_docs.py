@@ -201,6 +201,7 @@ def test_the_table_of_the_readme():
         "RAT": ("track", "rat"),
         "PPO": ("track", "ppo"),
         "RAT, paper's rule": ("paper", "rat"),
+        "RAT, 10M": ("track_10M", "rat"),
     }
     (((_, *envs), *rows),) = tables("return after 1M steps", README)
     returns = evaluations()
