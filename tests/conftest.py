@@ -55,8 +55,12 @@ def train(script, *arguments):
 
 
 def forked(function, *arguments):
-    """A new process that calls the function, without its own start of PyTorch."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    """A new process that calls the function, without its own start of PyTorch.
+
+    It is forked from a server without threads: of ours one may hold a lock at that moment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "tyro"])
+    process = context.Process(target=function, args=arguments)
     process.daemon = True
     process.start()
     return process
