@@ -176,7 +176,7 @@ def make_env(module, saved_args, render):
 def load_agent(module, state, env):
     """The script's Agent with the saved weights."""
     options = {}
-    for name in ("shared", "channels", "hidden"):
+    for name in ("shared", "activation", "channels", "hidden"):
         if name in state["args"]:
             options[name] = state["args"][name]
     try:

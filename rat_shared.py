@@ -33,6 +33,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -63,6 +64,8 @@ class Args:
     damping: float | None = None  # lambda of (3), > 0; track: relative to the mean squared score
     memory: float | None = None  # the share of g that the next rollout starts from, in [0, 1]
     kl_low: float | None = None  # nats: a rollout's least KL, 4 times it its most; track: a block's
+    kl_steps: int = 1_000_000  # track: environment steps after which kl_low falls as 1/t
+    activation: Literal["Tanh", "ReLU"] | None = None  # of the trunk
     vf_coef: float = 1.0  # weight of the critic in (8) and (8b), > 0
     critic_step: float = 1.0  # share of its error that a block corrects, beta of (8b); track only
     learning_rate: float = 0.05  # first step size, and the largest except with track
@@ -83,11 +86,11 @@ class Args:
 
 
 RULES = {  # --kaczmarz: the defaults of what depends on it
-    "set": ("update_epochs", "damping", "memory", "kl_low"),
-    "track": (1, 0.03, 0.9, 0.008),
-    "paper": (4, 0.1, 0.0, 0.005),
-    "release": (4, 0.1, 1.0, 0.005),
-    "off": (4, 0.1, 0.0, 0.005),
+    "set": ("update_epochs", "damping", "memory", "kl_low", "activation"),
+    "track": (1, 0.03, 0.9, 0.008, "Tanh"),
+    "paper": (4, 0.1, 0.0, 0.005, "ReLU"),
+    "release": (4, 0.1, 1.0, 0.005, "ReLU"),
+    "off": (4, 0.1, 0.0, 0.005, "ReLU"),
 }
 
 
@@ -221,13 +224,14 @@ class Agent(nn.Module):
     Box actions: a diagonal Gaussian of the action before its tanh, whose Jacobian cancels in all
     ratios. Discrete actions: their probabilities, counted from 0."""
 
-    def __init__(self, observation_space, action_space, hidden=256):
+    def __init__(self, observation_space, action_space, activation="Tanh", hidden=256):
         super().__init__()
         (obs_dim,) = observation_space.shape
+        unit = getattr(nn, activation)
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.normalizer = ObsNormalizer(obs_dim)
         self.trunk = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+            nn.Linear(obs_dim, hidden), unit(), nn.Linear(hidden, hidden), unit()
         )
         self.popart = PopArt(hidden)
         if self.discrete:
@@ -643,12 +647,13 @@ def kaczmarz_step(scores, residual, ratio, damping, previous):
 
 
 @torch.no_grad()
-def joint_step(args, agent, block, previous, learning_rate):
+def joint_step(args, agent, block, previous, learning_rate, low):
     """--kaczmarz track: what to add to theta for a block, the next block's previous, metrics.
 
     D of (8b): the policy's rows h_i and the critic's v_i = grad V(s_i) in one least squares, the
     policy's to follow eta y, the critic's to correct the share beta of its error. It is shortened,
-    and remembered so, where it would move the policy by more than kl_low nats."""
+    and remembered so, where it would move the policy by more than low nats: kl_low or, late, less,
+    and beta with it."""
     y = normalized(block.advantages)
     policy, value = agent(block.obs)
     ratio = (policy.log_prob(block.actions) - block.log_prob).exp().clamp(0.1, 10)  # w
@@ -660,14 +665,15 @@ def joint_step(args, agent, block, previous, learning_rate):
     value_weight = args.vf_coef * trace / value_norms.mean()  # c^2
     weights = torch.cat([ratio, value_weight.expand(len(y))])
     damping = args.damping * (1 + args.vf_coef) / 2 * trace  # relative to the mean over all rows
-    targets = torch.cat([learning_rate * y, args.critic_step * (block.returns - value)])
+    beta = args.critic_step * (low / args.kl_low) ** 0.5  # as a step: the root of its KL
+    targets = torch.cat([learning_rate * y, beta * (block.returns - value)])
     residual = targets - product(scores, previous)
     step = kaczmarz_step(scores, residual, weights, damping, previous)
     change = (ratio * product(scores, step)[: len(y)].square()).mean().sqrt()  # of log pi
     for p, d in step.items():  # try it, measure its KL divergence and take it back
         p.add_(d)
     kl = kl_divergence(policy, agent.policy(block.obs)).mean()
-    factor = (args.kl_low / kl.abs()).sqrt().clamp(max=1)  # less where (8b) is a bad approximation
+    factor = (low / kl.abs()).sqrt().clamp(max=1)  # less where (8b) is a bad approximation
     for p, d in step.items():
         p.sub_(d)
         d.mul_(factor)
@@ -713,18 +719,22 @@ def main(args):
     saved = load_checkpoint(args) if args.resume else {}
     batch_size = args.num_envs * args.num_steps
     global_step = saved.get("global_step", 0)
+    track = args.kaczmarz == "track"
     learning_rate = args.learning_rate  # eta
     started = time.time()
     envs, obs = make_envs(args, seed_generators(args, global_step))
     obs = torch.tensor(obs, device=args.device)  # [N, obs_dim]
     done = obs.new_zeros(len(obs))
-    agent = Agent(envs.single_observation_space, envs.single_action_space).to(args.device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.activation)
+    agent = agent.to(args.device)
     previous = {p: torch.zeros_like(p) for p in agent.parameters()}  # of the block before
     if saved:
-        if (args.kaczmarz == "track") != (saved["args"].kaczmarz == "track"):
+        if track != (saved["args"].kaczmarz == "track"):
             fail(
                 "--resume cannot change a run to or from --kaczmarz track: give another --run-name."
             )
+        if args.activation != saved["args"].activation:
+            fail("--resume cannot change --activation: give another --run-name.")
         started -= saved["wall_seconds"]
         learning_rate = saved["learning_rate"]
         agent.load_state_dict(saved["agent"])
@@ -757,7 +767,11 @@ def main(args):
         # Actor and critic
         measurements = []
         previous = scale(previous, args.memory)
-        update = joint_step if args.kaczmarz == "track" else sampled_step
+        low = args.kl_low
+        update = sampled_step
+        if track:
+            low *= min(1, args.kl_steps / global_step)
+            update = partial(joint_step, low=low)
         for _ in range(args.update_epochs):
             for block in minibatches(samples, args.num_minibatches):
                 step, previous, measured = update(args, agent, block, previous, learning_rate)
@@ -775,8 +789,8 @@ def main(args):
         metrics |= zip(measured, np.mean(measurements, 0))  # over the blocks
         logger.write(global_step, metrics)
         kl = float(metrics["losses/kl"])
-        largest = np.inf if args.kaczmarz == "track" else args.learning_rate
-        learning_rate = adapt_learning_rate(learning_rate, kl, args.kl_low, largest)
+        largest = np.inf if track else args.learning_rate
+        learning_rate = adapt_learning_rate(learning_rate, kl, low, largest)
         save()
 
 

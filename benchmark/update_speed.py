@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -115,11 +116,13 @@ def rat(problem, jacobian):
 
 
 def rat_joint(problem, kaczmarz):
-    agent = rat_shared.Agent(*problem.spaces).to(problem.device)
     args = rat_shared.Args(kaczmarz=kaczmarz)
+    agent = rat_shared.Agent(*problem.spaces, args.activation).to(problem.device)
     block = problem.block_of(agent.policy)
     previous = {p: torch.zeros_like(p) for p in agent.parameters()}
-    step = rat_shared.joint_step if kaczmarz == "track" else rat_shared.sampled_step
+    step = rat_shared.sampled_step
+    if kaczmarz == "track":
+        step = partial(rat_shared.joint_step, low=args.kl_low)
 
     def update():
         direction, _, _ = step(args, agent, block, previous, STEP)

@@ -40,9 +40,9 @@ def record(script, core, folder, monkeypatch, *arguments):
     def wrap(name, before):
         original = getattr(module, name)
 
-        def recorded(*arguments):
+        def recorded(*arguments, **named):
             before(*arguments)
-            return original(*arguments)
+            return original(*arguments, **named)
 
         monkeypatch.setattr(module, name, recorded)
 

@@ -22,6 +22,7 @@ from conftest import ROOT, train
 
 import enjoy
 import rat_continuous
+import rat_shared
 
 SMALL = ["--total-timesteps", "256", "--num-envs", "4", "--num-steps", "32", "--device", "cpu"]
 KEYS = [
@@ -217,6 +218,15 @@ def test_returns_equal_a_loop_written_out(checkpoint, result):
 
 
 # ---- How it plays ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["Tanh", "ReLU"])
+def test_the_networks_are_those_that_were_trained(activation, tmp_path):
+    options = ["--env-id", "InvertedPendulum-v5", "--output-dir", tmp_path, "--run-name", "x"]
+    train("rat_shared", *SMALL, *options, "--activation", activation)
+    state = torch.load(tmp_path / "x" / "checkpoint.pt", weights_only=True)
+    agent = enjoy.load_agent(rat_shared, state, gym.make("InvertedPendulum-v5"))
+    assert type(agent.trunk[3]).__name__ == activation
 
 
 def test_an_endless_episode_is_cut_off_and_said_to_be(endless):

@@ -344,6 +344,7 @@ KL_LEAVES_ITS_BAND = [  # on both sides with these
     ("rat_continuous", 0.016, ["--kl-low", 0.016, "--kl-steps", 64 * 10]),
     ("rat_continuous", 0.004, ["--kaczmarz", "paper", "--learning-rate", 0.3, "--kl-steps", 1]),
     ("rat_shared", 0.008, ["--kl-low", 0.008]),
+    ("rat_shared", 0.016, ["--kl-low", 0.016, "--kl-steps", 64 * 10]),
     ("rat_shared", 0.005, ["--kaczmarz", "release", "--learning-rate", 0.3]),
     ("npg_cg", 0.004, ["--learning-rate", 0.3]),
     ("npg_rank1", 0.004, ["--learning-rate", 0.3]),
@@ -358,7 +359,7 @@ KL_LEAVES_ITS_BAND = [  # on both sides with these
 def test_learning_rate_follows_the_kl(script, low, options, tmp_path):
     """Lower by 1.5 above four times low, higher by 1.5 below it; in [1e-4, the first one].
 
-    By the default rule of rat_continuous low falls as 1/t after --kl-steps."""
+    By the default rules low falls as 1/t after --kl-steps."""
     where = ["--output-dir", tmp_path, "--run-name", "x"]
     falls_after = 64 * 10 if 64 * 10 in options else np.inf
     train(script, *small(script), "--total-timesteps", 64 * 40, *options, *where)
@@ -649,6 +650,7 @@ def test_what_an_optimizer_is_given_on_resume_counts(script, option, optimizer, 
     ("script", "change"),
     [
         ("rat_shared", ["--kaczmarz", "release"]),
+        ("rat_shared", ["--activation", "ReLU"]),
         ("sophia_ppo", ["--optimizer", "sophia"]),
     ],
 )
