@@ -87,7 +87,7 @@ class Args:
 
 RULES = {  # --kaczmarz: the defaults of what depends on it
     "set": ("update_epochs", "damping", "memory", "kl_low", "activation"),
-    "track": (1, 0.03, 0.9, 0.008, "ReLU"),
+    "track": (1, 0.03, 0.9, 0.008, "Tanh"),
     "paper": (4, 0.1, 0.0, 0.005, "ReLU"),
     "release": (4, 0.1, 1.0, 0.005, "ReLU"),
     "off": (4, 0.1, 0.0, 0.005, "ReLU"),
@@ -224,7 +224,7 @@ class Agent(nn.Module):
     Box actions: a diagonal Gaussian of the action before its tanh, whose Jacobian cancels in all
     ratios. Discrete actions: their probabilities, counted from 0."""
 
-    def __init__(self, observation_space, action_space, activation="ReLU", hidden=256):
+    def __init__(self, observation_space, action_space, activation="Tanh", hidden=256):
         super().__init__()
         (obs_dim,) = observation_space.shape
         unit = getattr(nn, activation)

@@ -650,7 +650,7 @@ def test_what_an_optimizer_is_given_on_resume_counts(script, option, optimizer, 
     ("script", "change"),
     [
         ("rat_shared", ["--kaczmarz", "release"]),
-        ("rat_shared", ["--activation", "Tanh"]),
+        ("rat_shared", ["--activation", "ReLU"]),
         ("sophia_ppo", ["--optimizer", "sophia"]),
     ],
 )
