@@ -33,8 +33,8 @@ def test_what_blocks_remember(script, kaczmarz, tmp_path, monkeypatch):
     seen = []  # (previous before, after) of each block
     measured = []
 
-    def recorded(args, model, block, previous, *more):
-        result = original(args, model, block, previous, *more)
+    def recorded(args, model, block, previous, *more, **named):
+        result = original(args, model, block, previous, *more, **named)
         seen.append((flat(previous.values()), flat(result[1].values())))
         measured.append({name: float(value) for name, value in result[2].items()})
         return result
