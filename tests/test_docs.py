@@ -79,6 +79,13 @@ def test_tables_of_all_methods_by_their_defaults(capsys):
     assert out.split("\n| paper's RAT")[0] in TEXTS
 
 
+def test_tables_of_one_trunk_with_both_activations(capsys):
+    runs = sorted((RESULTS / "track").glob("*__rat_shared__*.csv"))
+    out = printed(capsys, "--every-seed", str(RESULTS / "relu"), *map(str, runs))
+    assert out.split("\n| paper's RAT")[0] in TEXTS
+    assert out.split("| interquartile mean")[1].split("\n\n")[0] in TEXTS
+
+
 def test_interquartile_means(capsys):
     out = printed(capsys, str(RESULTS / "paper"))
     assert out.split("| interquartile mean")[1].split("\n\n")[0] in TEXTS
